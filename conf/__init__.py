@@ -1,0 +1,1 @@
+"""The Hydra search path `pkg://megalm.conf`: yaml only."""

@@ -1,0 +1,89 @@
+"""Runs one verb: help, all faults at once, then Hydra, then the task with its typed config."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from megalm.errors import ConfigError, MegalmError
+
+Task = Callable[[Any], Any]
+
+
+def run_verb(verb: str, task: Task) -> None:
+    """The command line of `verb`: exits with 2 for a user's mistake, 130 for Ctrl-C, and no traceback for either."""
+    try:
+        _run(verb, task)
+    except MegalmError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(error: MegalmError) -> NoReturn:
+    """Prints the error, exits with its code. A faulty config is the same on all ranks: one prints it."""
+    if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
+        print(error, file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
+
+
+def job_arguments(typed: list[str], config: Any) -> list[str]:
+    """The arguments that start a worker of the present job: files and options as `typed`, the rest as in this job."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from megalm.config.fields import override
+
+    options = [text for text in typed if text.startswith("--") or not {"=", "~"} & set(text)]
+    keep = [text for text in options if text not in ("-m", "--multirun")]
+    return [*keep, *HydraConfig.get().overrides.task, override("train.run_dir", config.train.run_dir)]
+
+
+def _run(verb: str, task: Task) -> None:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        from megalm.launchers.options import help_text
+
+        print(help_text(verb))
+        return
+    import hydra
+
+    from megalm.launchers.compose import HYDRA_SETTINGS, SEARCH_PATH, inspect, parse
+
+    command = parse(verb, sys.argv[1:])
+    if not (command.options.hydra_help or command.options.shell_completion):
+        _, problems = inspect(command)
+        if problems:
+            raise ConfigError(*problems)
+
+    def job(composed: Any) -> Any:
+        return task(_typed(verb, composed))
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # what is left to fail is a mistake of ours: show all of it
+    sys.argv[1:] = [*command.argv, *HYDRA_SETTINGS, f"hydra.job.name={verb}"]
+    hydra.main(version_base="1.3", config_path=SEARCH_PATH, config_name=verb)(job)()
+
+
+def _typed(verb: str, composed: Any) -> Any:
+    """The checked config of one job. In a sweep each run gets a folder of its own, lest jobs resume one another."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from megalm.config.load import examine
+    from megalm.config.run import ROOTS, RunConfig
+    from megalm.launchers.compose import plain
+
+    raw, unresolved = plain(composed)
+    config: Any
+    config, problems = examine(ROOTS[verb], raw)
+    if unresolved + problems:
+        raise ConfigError(*unresolved, *problems)
+    job = HydraConfig.get()
+    if (
+        job.mode == RunMode.MULTIRUN
+        and isinstance(config, RunConfig)
+        and config.train.run_dir == RunConfig().train.run_dir
+    ):
+        config.train.run_dir = job.runtime.output_dir
+    return config

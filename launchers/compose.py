@@ -1,0 +1,237 @@
+"""From arguments to a composed config and all that is wrong with it, before Hydra runs and stops at the first fault."""
+
+from __future__ import annotations
+
+import itertools
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megalm.config.fields import assign, leaves
+from megalm.config.layouts import layout_node
+from megalm.config.load import examine
+from megalm.config.reader import defaults_of, forbidden, known_keys, suggest, unknown_key
+from megalm.config.run import ROOTS
+from megalm.errors import Problem
+
+SEARCH_PATH = "pkg://megalm.conf"
+# The run's folder is train.run_dir: Hydra must not make one of its own, nor write a log file where we are.
+HYDRA_SETTINGS = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none")
+MAX_CHECKED_JOBS = 32  # of a sweep, before it starts; every job is checked again when it runs
+
+
+@dataclass
+class Command:
+    """A command line that Hydra would accept, and the problems found while reading it."""
+
+    verb: str
+    options: Namespace
+    config_name: str
+    overrides: list[Override] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def argv(self) -> list[str]:
+        """The arguments for Hydra; Hydra's own options are passed on as they were."""
+        o = self.options
+        flags = [f"--config-name={self.config_name}"] + ["--multirun"] * o.multirun + ["--resolve"] * o.resolve
+        flags += ["--hydra-help"] * o.hydra_help + ["--shell-completion"] * o.shell_completion
+        named = {
+            "config-dir": o.config_dir,
+            "config-path": o.config_path,
+            "cfg": o.cfg,
+            "package": o.package,
+            "info": o.info,
+        }
+        flags += [f"--{name}={value}" for name, value in named.items() if value]
+        return flags + [_text(o) for o in self.overrides]
+
+
+def parse(verb: str, argv: list[str]) -> Command:
+    """Reads the arguments of a verb; registers the verb's defaults, a yaml file among the arguments, and layouts."""
+    ConfigStore.instance().store(name=f"{verb}_defaults", node=defaults_of(ROOTS[verb]), provider="megalm")
+    options = get_args_parser().parse_args(argv)
+    command = Command(verb, options, options.config_name or verb)
+    if options.experimental_rerun:
+        command.problems.append(
+            Problem("--experimental-rerun", None, "refused: it unpickles a file", fix="name a yaml file instead")
+        )
+    if options.config_dir and not Path(options.config_dir).is_dir():
+        command.problems.append(Problem("--config-dir", options.config_dir, "no such folder"))
+    for text in options.overrides:
+        if Path(text).suffix in (".yaml", ".yml") and "=" not in text:
+            _use_file(command, Path(text))
+        else:
+            _add_override(command, text)
+    return command
+
+
+def inspect(command: Command) -> tuple[Any, list[Problem]]:
+    """(typed config of the first job, all problems of the command line, its yaml files and every rule)."""
+    setup_globals()
+    loader = _loader(command.options)
+    problems = list(command.problems)
+    overrides = [override for override in command.overrides if _is_sound(override, command, loader, problems)]
+    config = None
+    for job in _jobs(overrides):
+        first, found = _inspect_job(command, loader, job)
+        config = first if config is None else config
+        problems += [problem for problem in found if problem not in problems]
+    return config, problems
+
+
+def plain(composed: Any) -> tuple[dict[str, Any], list[Problem]]:
+    """Hydra's composed config as a nested dict, interpolations resolved, and the problems of those that cannot be."""
+    raw: Any = OmegaConf.to_container(composed, resolve=False)
+    raw.pop("hydra", None)
+    if next(forbidden(raw), None):
+        return raw, []  # the reader names them; nothing is resolved, so nothing runs
+    try:
+        return cast(dict, OmegaConf.to_container(OmegaConf.create(raw), resolve=True)), []
+    except OmegaConfBaseException as error:
+        return raw, [Problem(str(error.full_key or "config"), None, f"cannot resolve: {_first_line(error)}")]
+
+
+def _use_file(command: Command, path: Path) -> None:
+    """Makes a yaml file the primary config. Without a defaults list of its own it is laid over the verb's."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except OSError as error:
+        rule = f"cannot read this file: {error.strerror}"
+        command.problems.append(Problem(str(path), None, rule, fix="name an existing yaml file"))
+        return
+    except Exception as error:  # PyYAML and OmegaConf raise many kinds, all of them mean this
+        command.problems.append(Problem(str(path), None, f"not a yaml mapping: {' '.join(str(error).split())}"))
+        return
+    if not isinstance(content, dict):
+        command.problems.append(Problem(str(path), None, "not a yaml mapping of sections", "section: {key: value}"))
+        return
+    content.setdefault("defaults", [command.verb, "_self_"])
+    command.config_name = f"file_{path.stem}"
+    ConfigStore.instance().store(name=command.config_name, node=content, provider=str(path))
+    command.options.config_dir = command.options.config_dir or str(path.resolve().parent)
+    entries = [entry for entry in content["defaults"] if isinstance(entry, dict)]
+    layouts = [str(value) for entry in entries for key, value in entry.items() if key.endswith("parallel")]
+    _register_layouts(command.options, layouts)
+
+
+def _add_override(command: Command, text: str) -> None:
+    key, equals, value = text.partition("=")
+    own = f"{command.verb}.{key}"
+    if own in known_keys(ROOTS[command.verb]):  # `megalm parity steps=20` means parity.steps
+        text = f"{own}={value}"
+    elif not equals and not text.startswith("~"):
+        guess = suggest(key, known_keys(ROOTS[command.verb]))
+        hint = f"; did you mean {guess}=...?" if guess else ""
+        command.problems.append(
+            Problem(text, None, f"an argument is key=value or a yaml file{hint}", fix=f"megalm {command.verb} --help")
+        )
+        return
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        rule = "cannot read this value: text that holds , = : { } [ ] or quotes needs quotes"
+        command.problems.append(Problem(key, value, rule, fix=assign(key, value)))
+        return
+    if override.is_sweep_override() and not command.options.multirun:
+        command.problems.append(_stray_sweep(command.verb, key, value, override))
+        return
+    if override.key_or_group == "parallel":
+        _register_layouts(command.options, _choices(override))
+    command.overrides.append(override)
+
+
+def _stray_sweep(verb: str, key: str, value: str, override: Override) -> Problem:
+    kind = {name: kind for name, _, kind in leaves(ROOTS[verb])}.get(key)
+    fix = assign(key, value) if kind is str else f"{key}={next(override.sweep_string_iterator(), '')}"
+    return Problem(key, value, "several values are a sweep, which needs -m; text with a comma needs quotes", fix=fix)
+
+
+def _register_layouts(options: Namespace, names: list[str]) -> None:
+    """Every layout has a config, whether or not a yaml file spells it out."""
+    spelled_out = _loader(options).get_group_options("parallel")
+    for name in names:
+        try:
+            node = layout_node(name)
+        except ValueError:
+            continue  # reported as an unknown option
+        if name not in spelled_out:
+            ConfigStore.instance().store(group="parallel", name=name, node=node, package="_global_", provider="megalm")
+
+
+def _text(override: Override) -> str:
+    assert override.input_line is not None  # a parsed override always has its text
+    return override.input_line
+
+
+def _choices(override: Override) -> list[str]:
+    value = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+    return [str(item) for item in (value if not isinstance(value, str) else [value])]
+
+
+def _loader(options: Namespace) -> ConfigLoaderImpl:
+    search_path = create_config_search_path(options.config_path or SEARCH_PATH)
+    if options.config_dir:
+        search_path.prepend("command-line", f"file://{Path(options.config_dir).resolve()}", anchor="schema")
+    return ConfigLoaderImpl(config_search_path=search_path)
+
+
+def _is_sound(override: Override, command: Command, loader: ConfigLoaderImpl, problems: list[Problem]) -> bool:
+    """Hydra can compose this override. One that it cannot is reported and left out, so that the rest is looked at."""
+    key = override.key_or_group
+    options = loader.get_group_options(key) if not override.is_hydra_override() else []
+    if options:
+        bad = [name for name in _choices(override) if name not in options and name != "None"]
+        problems += [_unknown_option(key, name, options) for name in bad if not override.is_delete()]
+        return not bad or override.is_delete()
+    sections = known_keys(ROOTS[command.verb])
+    if override.is_hydra_override() or key in sections:
+        return True
+    value = None if override.is_delete() or override.is_sweep_override() else override.value()
+    problems.append(unknown_key(key, value, [*sections, *loader.list_groups("")]))
+    return False
+
+
+def _unknown_option(group: str, name: str, options: list[str]) -> Problem:
+    guess = suggest(name, options)
+    fallback = "single" if group == "parallel" else options[0]
+    hint = f"; did you mean {group}={guess}?" if guess else ""
+    forms = "; or any layout, such as tp2_pp2_dp2_zero3" if group == "parallel" else ""
+    return Problem(group, name, f"no such option{hint}", ", ".join(options) + forms, f"{group}={guess or fallback}")
+
+
+def _jobs(overrides: list[Override]) -> Iterable[list[str]]:
+    """The override lists of the jobs of a sweep; one job if there is no sweep."""
+    fixed = [_text(o) for o in overrides if not o.is_sweep_override()]
+    swept = [o for o in overrides if o.is_sweep_override() and o.is_discrete_sweep()]
+    choices = [[f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] for o in swept]
+    return ([*fixed, *job] for job in itertools.islice(itertools.product(*choices), MAX_CHECKED_JOBS))
+
+
+def _inspect_job(command: Command, loader: ConfigLoaderImpl, overrides: list[str]) -> tuple[Any, list[Problem]]:
+    try:
+        composed = loader.load_configuration(command.config_name, [*HYDRA_SETTINGS, *overrides], RunMode.RUN)
+    except HydraException as error:
+        name = command.config_name.removeprefix("file_")
+        return None, [Problem(name, None, f"cannot compose: {_first_line(error.__cause__ or error)}")]
+    raw, unresolved = plain(composed)
+    config: Any
+    config, problems = examine(ROOTS[command.verb], raw)
+    return config, unresolved + problems
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

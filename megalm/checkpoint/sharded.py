@@ -1,0 +1,173 @@
+"""A checkpoint on disk: safetensors files of pieces, and one JSON manifest that says what they are pieces of.
+
+    checkpoints/
+      latest                      the name of the newest complete checkpoint
+      step-00000200/
+        manifest.json             format, state of the run, config, and for every tensor its global shape and pieces
+        rank-00000.safetensors    what rank 0 wrote
+        ...
+
+Layout-free: a tensor is known by name, global shape and the offsets of its pieces, never by rank. Nothing here is
+unpickled. Every piece has a CRC-32 that is checked before it is used, and so has the manifest. A checkpoint is written
+under a temporary name and renamed when it is complete; `latest` is replaced after that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalm.errors import CheckpointError, Problem
+
+FORMAT = 1
+MANIFEST, LATEST = "manifest.json", "latest"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor: in which file, where it starts, how large it is."""
+
+    file: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    crc32: int
+
+
+@dataclass
+class Manifest:
+    """Everything about a checkpoint but the numbers in it."""
+
+    state: dict[str, Any]  # see state.py
+    config: dict[str, Any]  # the resolved configuration of the run
+    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)  # key -> global shape, fp32
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)  # key -> its pieces
+
+
+def write_pieces(folder: Path, rank: int, tensors: dict[str, tuple[Tensor, tuple[int, ...], tuple[int, ...]]]) -> None:
+    """Write one rank's pieces, {key: (tensor, global shape, offset)}, and a JSON note that `write_manifest` collects."""
+    name = f"rank-{rank:05d}.safetensors"
+    data = {key: tensor.detach().cpu().contiguous() for key, (tensor, _, _) in tensors.items()}
+    save_file(data, folder / name)
+    notes = [
+        {
+            "key": key,
+            "global_shape": shape,
+            "piece": asdict(Piece(name, offset, tuple(data[key].shape), _crc(data[key]))),
+        }
+        for key, (_, shape, offset) in tensors.items()
+    ]
+    (folder / f"rank-{rank:05d}.json").write_text(json.dumps(notes))
+    _sync(folder / name)
+
+
+def write_manifest(folder: Path, state: dict[str, Any], config: dict[str, Any]) -> None:
+    """Collect the ranks' notes into the manifest. Call once all ranks have written their pieces."""
+    manifest = Manifest(state, config)
+    for note_file in sorted(folder.glob("rank-*.json")):
+        for note in json.loads(note_file.read_text()):
+            manifest.tensors[note["key"]] = tuple(note["global_shape"])
+            manifest.pieces.setdefault(note["key"], []).append(note["piece"])
+        note_file.unlink()
+    content = {"format": FORMAT, **vars(manifest)}
+    text = json.dumps(content, indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(json.dumps({"crc32": zlib.crc32(text.encode())}) + "\n" + text + "\n")
+    _sync(folder / MANIFEST)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a complete checkpoint its name, then point `latest` at it."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+    pointer = folder.parent / (LATEST + ".tmp")
+    pointer.write_text(folder.name + "\n")
+    _sync(pointer)
+    os.replace(pointer, folder.parent / LATEST)
+    _sync(folder.parent)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints (0: none), and what interrupted saves have left."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+    complete = sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+    for old in complete[:-keep] if keep else []:
+        shutil.rmtree(old)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint at `path`: itself, or the latest of a run folder. Raises CheckpointError if there is none."""
+    if (path / MANIFEST).is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        if (folder / LATEST).is_file():
+            return folder / (folder / LATEST).read_text().strip()
+    rule = f"a checkpoint folder (with {MANIFEST}) or a run folder with checkpoints/{LATEST}"
+    raise CheckpointError(
+        Problem("checkpoint", path, rule, "", "train first: megalm pretrain train.run_dir=" + str(path))
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest. Raises CheckpointError if it is missing, damaged or of another format."""
+    path = folder / MANIFEST
+    try:
+        head, _, text = path.read_text().partition("\n")
+        intact = json.loads(head)["crc32"] == zlib.crc32(text.removesuffix("\n").encode())
+        content = json.loads(text)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"must be readable: {error}") from error
+    if not intact:
+        raise _damaged(path, "its CRC-32 must match its text")
+    if content.pop("format") != FORMAT:
+        raise CheckpointError(
+            Problem(
+                str(path), None, f"this version reads format {FORMAT}", "", "use the version of megalm that wrote it"
+            )
+        )
+    pieces = {
+        key: [Piece(p["file"], tuple(p["offset"]), tuple(p["shape"]), p["crc32"]) for p in found]
+        for key, found in content["pieces"].items()
+    }
+    shapes = {key: tuple(shape) for key, shape in content["tensors"].items()}
+    return Manifest(content["state"], content["config"], shapes, pieces)
+
+
+def read_piece(folder: Path, key: str, piece: Piece) -> Tensor:
+    """One piece, checked. Raises CheckpointError if its file is missing or truncated, or one bit of it has changed."""
+    path = folder / piece.file
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, f"must hold {key}: {error}") from error
+    if tuple(tensor.shape) != piece.shape or _crc(tensor) != piece.crc32:
+        raise _damaged(path, f"the CRC-32 of {key} must be what was written")
+    return tensor
+
+
+def _damaged(path: Path, rule: str) -> CheckpointError:
+    fix = f"use another checkpoint (checkpoint.load=...), or restore {path.parent.name} from a copy"
+    return CheckpointError(Problem(str(path), None, rule, "", fix))
+
+
+def _crc(tensor: Tensor) -> int:
+    return zlib.crc32(memoryview(tensor.numpy().reshape(-1)).cast("B")) if tensor.numel() else 0
+
+
+def _sync(path: Path) -> None:
+    """Make sure that it is on the disk before something points at it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

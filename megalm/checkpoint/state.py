@@ -1,0 +1,113 @@
+"""What a run is, between two steps; saving and restoring it through the engine.
+
+Random numbers need no state here: weights, dropout and data order are functions of seeds, names and sample numbers, so
+`consumed_samples` and the seeds in the config say it all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megalm.checkpoint.reshard import read_box
+from megalm.checkpoint.sharded import Manifest, prune, publish, read_manifest, write_manifest, write_pieces
+from megalm.errors import CheckpointError, Problem
+from megalm.parallel.engine import MOMENTS, WEIGHT, Engine
+from megalm.parallel.tensor_parallel import shard_of
+
+_SHAPE_KEYS = (
+    "architecture", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size",
+    "max_seq_length", "rope_theta", "norm_eps", "tie_embeddings",
+)  # fmt: skip
+
+
+@dataclass
+class RunState:
+    """Progress of a run."""
+
+    step: int = 0  # optimizer steps done
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    best_valid_loss: float = float("inf")
+    evaluations_without_gain: int = 0
+    data_fingerprint: str = ""
+    stopped_early: bool = False
+
+
+def save_checkpoint(root: Path, engine: Engine, state: RunState, config: dict[str, Any], keep: int) -> Path:
+    """Write `root/step-NNNNNNNN`. Collective over all ranks; the parts of one parameter's copies are written by turns."""
+    folder, topology = root / f"step-{state.step:08d}", engine.topology
+    temporary = root / f".{folder.name}.tmp"
+    if topology.rank == 0:
+        prune(root, 0)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    pieces = {}
+    for index, name in enumerate(engine.parameters):
+        shard = shard_of(engine.parameters[name])
+        offset = tuple(shard.start if dim == shard.dim else 0 for dim in range(len(shard.global_shape)))
+        writes = index % topology.data.size == topology.data.rank and engine.counts_in_norm(name)
+        for kind in _kinds(engine.steps_done):
+            value = engine.read(name, kind)  # collective over data parallel
+            if writes:
+                pieces[f"{kind}/{name}"] = (value, shard.global_shape, offset)
+    write_pieces(temporary, topology.rank, pieces)
+    dist.barrier()
+    if topology.rank == 0:
+        write_manifest(temporary, asdict(state), config)
+        publish(temporary, folder)
+        prune(root, keep)
+    dist.barrier()
+    return folder
+
+
+def load_checkpoint(folder: Path, engine: Engine, model_config: dict[str, Any], tied: dict[str, str]) -> RunState:
+    """Fill the engine from a checkpoint of any layout. `tied` maps a copied parameter to the one that was saved.
+
+    Raises CheckpointError if it is damaged, or of a model of another shape (naming the keys that differ).
+    """
+    manifest = read_manifest(folder)
+    check_same_model(folder, manifest, model_config)
+    state = state_of(manifest)
+    if state.step:
+        engine.prepare_load(state.step)
+    for name, parameter in engine.parameters.items():
+        shard, shape = shard_of(parameter), engine.shapes[name]
+        offset = tuple(shard.start if dim == shard.dim else 0 for dim in range(len(shape)))
+        for kind in _kinds(state.step):
+            value = read_box(folder, manifest, f"{kind}/{tied.get(name, name)}", offset, shape)
+            engine.write(name, kind, value.to(engine.topology.device))
+    engine.finish_load()
+    return state
+
+
+def state_of(manifest: Manifest) -> RunState:
+    """The run's progress as the manifest tells it; unknown fields of a later version are left out."""
+    known = {f.name for f in fields(RunState)}
+    return RunState(**{key: value for key, value in manifest.state.items() if key in known})
+
+
+def check_same_model(folder: Path, manifest: Manifest, model_config: dict[str, Any]) -> None:
+    """Raise CheckpointError naming every key of the model's shape that differs."""
+    saved = manifest.config["model"]
+    problems = [
+        Problem(
+            f"model.{key}",
+            model_config[key],
+            f"the checkpoint {folder} has {saved.get(key)}",
+            "",
+            f"model.{key}={saved.get(key)}",
+        )
+        for key in _SHAPE_KEYS
+        if saved.get(key) != model_config[key]
+    ]
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def _kinds(steps_done: int) -> tuple[str, ...]:
+    """Before the first step an optimizer has no moments."""
+    return (WEIGHT, *MOMENTS) if steps_done else (WEIGHT,)

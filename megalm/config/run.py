@@ -1,0 +1,69 @@
+"""The roots: one dataclass per verb, made of sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalm.config.data import DataConfig
+from megalm.config.knobs import knob, section
+from megalm.config.model import ModelConfig
+from megalm.config.optim import OptimConfig
+from megalm.config.parallel import ParallelConfig
+from megalm.config.tasks import DoctorRun, GenerateRun, PrepareRun
+from megalm.config.train import CheckpointConfig, ClusterConfig, KernelsConfig, TrackingConfig, TrainConfig
+
+
+@dataclass
+class RunConfig:
+    """Root of `megalm pretrain`."""
+
+    model: ModelConfig = section(ModelConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    data: DataConfig = section(DataConfig)
+    optim: OptimConfig = section(OptimConfig)
+    train: TrainConfig = section(TrainConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    tracking: TrackingConfig = section(TrackingConfig)
+    cluster: ClusterConfig = section(ClusterConfig)
+    kernels: KernelsConfig = section(KernelsConfig)
+
+    @property
+    def data_parallel(self) -> int:
+        """Copies of the model. Only meaningful once `cluster.num_processes` is known and validated."""
+        return max(1, self.cluster.num_processes // self.parallel.model_parallel)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forwards per rank and optimizer step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel)
+
+
+@dataclass
+class ParityConfig:
+    """Prove that layouts compute what one rank computes."""
+
+    layouts: list[str] = knob(
+        ["tp2", "pp2", "dp2_zero0", "tp2_pp2"], "short names of the layouts to compare with one rank"
+    )
+    steps: int = knob(20, "optimizer steps to compare", minimum=1)
+    loss_tolerance: float = knob(1e-5, "largest difference of the loss", above=0.0)
+    norm_tolerance: float = knob(1e-5, "largest relative difference of the gradient norm", above=0.0)
+    weight_tolerance: float = knob(1e-4, "largest difference of a final weight", above=0.0)
+    work_dir: str = knob("runs/parity", "folder for the runs")
+    keep: bool = knob(False, "keep the runs' folders")
+
+
+@dataclass
+class ParityRun(RunConfig):
+    """Root of `megalm parity`: the run to repeat on every layout, and what to compare."""
+
+    parity: ParityConfig = section(ParityConfig)
+
+
+ROOTS: dict[str, type] = {
+    "prepare": PrepareRun,
+    "pretrain": RunConfig,
+    "generate": GenerateRun,
+    "doctor": DoctorRun,
+    "parity": ParityRun,
+}

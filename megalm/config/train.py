@@ -1,0 +1,85 @@
+"""The run itself: how long, how large a batch, how often to look, save and report, and on which machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalm.config.knobs import knob
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    run_dir: str = knob(
+        "runs/pretrain",
+        "folder of the run: config.yaml, metrics.jsonl, checkpoints/, logs/; the same folder again resumes",
+    )
+    steps: int = knob(1000, "optimizer steps", minimum=1)
+    global_batch_size: int = knob(16, "samples per optimizer step, over all ranks", minimum=1)
+    micro_batch_size: int = knob(4, "samples in one forward on one rank", minimum=1)
+    seed: int = knob(1234, "initial weights and dropout", minimum=0)
+    precision: str = knob(
+        "fp32",
+        "bf16: bf16 weights and activations, fp32 master weights, accumulation and reduction",
+        allowed=PRECISIONS,
+    )
+    log_every: int = knob(10, "steps between console lines", minimum=1)
+    eval_every: int = knob(0, "steps between evaluations; 0: none", minimum=0)
+    eval_samples: int = knob(64, "validation samples in one evaluation", minimum=1)
+    patience: int = knob(0, "stop after this many evaluations without a better validation loss; 0: never", minimum=0)
+    device_peak_tflops: float = knob(
+        0.0, "dense bf16 peak of one device, for MFU; 0: from the device's name, if known", minimum=0.0
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    """What is saved, when, and what a run starts from."""
+
+    save_every: int = knob(0, "steps between checkpoints; 0: at the end only", minimum=0)
+    save_first: bool = knob(False, "also save the initial weights as step 0")
+    keep: int = knob(2, "newest checkpoints to keep; 0: all", minimum=0)
+    load: str = knob("", "checkpoint (or run folder) to start from when the run folder has none of its own")
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go besides the console and metrics.jsonl, which are always written."""
+
+    wandb: str = knob(
+        "off",
+        "Weights & Biases; auto: online if there is a key, else offline",
+        allowed=("off", "auto", "offline", "online"),
+    )
+    project: str = knob("megalm", "Weights & Biases project")
+    tensorboard: bool = knob(False, "write TensorBoard events to RUN_DIR/tensorboard")
+
+
+@dataclass
+class ClusterConfig:
+    """The machines."""
+
+    name: str = knob(
+        "local",
+        "local: this machine, workers are started here unless torchrun or srun has started them",
+        allowed=("local",),
+    )
+    num_processes: int = knob(
+        0, "processes in all (world size); 0: one per GPU, or what the layout needs where there is none", minimum=0
+    )
+    device: str = knob("auto", "auto: cuda where there is a GPU, else cpu", allowed=("auto", "cpu", "cuda"))
+    port: int = knob(0, "rendezvous port on this machine; 0: any free one", minimum=0, maximum=65535)
+    timeout_seconds: int = knob(600, "a collective that takes longer ends the run", minimum=1)
+    threads: int = knob(0, "CPU threads per process; 0: the cores shared evenly", minimum=0)
+
+
+@dataclass
+class KernelsConfig:
+    """Which implementation of each hot operation runs."""
+
+    backend: str = knob(
+        "auto", "auto: the fastest that works here, chosen once and reported", allowed=("auto", "torch")
+    )

@@ -1,0 +1,331 @@
+"""Every rule that joins two or more settings, in one table. A field's own bounds stand with the field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from megalm.config import fields
+from megalm.config.fixes import Change, Rule, broken, cures, divisors, multiples, plan, value_of, with_value
+from megalm.config.layouts import with_layout
+from megalm.config.machine import count_gpus, data_parallel, launched_processes, processes, uses_cuda
+from megalm.config.run import ParityRun, RunConfig
+from megalm.errors import ConfigError, Problem
+
+Condition = Callable[[RunConfig], bool]
+
+_TP, _PP, _CHUNKS = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.chunks"
+_PROCESSES = "cluster.num_processes"
+# Numbers that follow from several keys, printed beside a rule like a key.
+_DERIVED: dict[str, Callable[[RunConfig], int]] = {"processes": processes, "data parallel copies": data_parallel}
+
+
+def split_shares(text: str) -> tuple[float, float, float] | None:
+    """`0.98,0.02,0` -> the shares of training, validation and test, or None if it is not that."""
+    try:
+        train, valid, test = (float(part) for part in text.split(","))
+    except ValueError:
+        return None
+    shares = (train, valid, test)
+    return shares if all(math.isfinite(share) and share >= 0 for share in shares) and train > 0 else None
+
+
+def decay_end(config: RunConfig) -> int:
+    """Step at which the learning rate's decay ends."""
+    return config.optim.decay_steps or config.train.steps
+
+
+def _divides(name: str, key: str, divisor: str, when: Condition = lambda c: True) -> Rule:
+    def changes(c: RunConfig) -> list[Change]:
+        return divisors(c, divisor, value_of(c, key)) + multiples(c, key, value_of(c, divisor))
+
+    return Rule(
+        name,
+        (key, divisor),
+        f"{key} must be a multiple of {divisor}",
+        lambda c: not when(c) or value_of(c, key) % value_of(c, divisor) == 0,
+        changes,
+    )
+
+
+def _at_most(name: str, small: str, large: str) -> Rule:
+    def changes(c: RunConfig) -> list[Change]:
+        return [(small, value_of(c, large)), (large, value_of(c, small))]
+
+    return Rule(
+        name,
+        (small, large),
+        f"{small} must not exceed {large}",
+        lambda c: value_of(c, small) <= value_of(c, large),
+        changes,
+    )
+
+
+def _needs(name: str, key: str, neutral: Any, other: str, given: Condition, change: Change, why: str) -> Rule:
+    """`key` has an effect only when `given` holds: a setting without effect is a mistake, not a detail."""
+    return Rule(
+        name, (key, other), why, lambda c: value_of(c, key) == neutral or given(c), lambda c: [(key, neutral), change]
+    )
+
+
+def _layout_fits(c: RunConfig) -> bool:
+    return processes(c) % c.parallel.model_parallel == 0
+
+
+def _layout_changes(c: RunConfig) -> list[Change]:
+    world, asked = processes(c), multiples(c, _PROCESSES, c.parallel.model_parallel)
+    narrower = divisors(c, _TP, world) + divisors(c, _PP, world)
+    return (asked + narrower if c.cluster.num_processes else narrower + asked) + [("cluster.device", "cpu")]
+
+
+def _stage_changes(c: RunConfig) -> list[Change]:
+    layers, stages, chunks = c.model.num_layers, c.parallel.pipeline_parallel, c.parallel.chunks
+    fewer_stages = [(_PP, number) for number in range(min(stages, layers // chunks), 0, -1)]
+    fewer_chunks = [(_CHUNKS, number) for number in range(min(chunks, layers // stages), 0, -1)]
+    return fewer_stages + fewer_chunks + [("model.num_layers", stages * chunks), (_PP, 1)]
+
+
+def _vocab_changes(c: RunConfig) -> list[Change]:
+    """Upwards first: extra rows are padding, fewer rows would lose tokens."""
+    up = [
+        change
+        for change in multiples(c, "model.vocab_size", c.parallel.tensor_parallel)
+        if change[1] > c.model.vocab_size
+    ]
+    return up + divisors(c, _TP, c.model.vocab_size)
+
+
+def _heads_divide(c: RunConfig) -> bool:
+    return "head_dim" not in c.model.derived or c.model.hidden_size % c.model.num_heads == 0
+
+
+def _head_changes(c: RunConfig) -> list[Change]:
+    whole = divisors(c, "model.num_heads", c.model.hidden_size)
+    return whole + multiples(c, "model.hidden_size", c.model.num_heads) + [("model.head_dim", c.model.head_dim)]
+
+
+def _head_dim_changes(c: RunConfig) -> list[Change]:
+    return [*divisors(c, "model.num_heads", max(1, c.model.hidden_size // 2)), ("model.head_dim", c.model.head_dim + 1)]
+
+
+def _batch_changes(c: RunConfig) -> list[Change]:
+    copies = data_parallel(c)
+    whole = multiples(c, "train.global_batch_size", c.train.micro_batch_size * copies)
+    return (
+        whole
+        + divisors(c, "train.micro_batch_size", max(1, c.train.global_batch_size // copies))
+        + [(_PROCESSES, c.parallel.model_parallel)]
+    )
+
+
+def _gpu_changes(c: RunConfig) -> list[Change]:
+    return [
+        *multiples(c, _PROCESSES, c.parallel.model_parallel, 2 * c.cluster.num_processes),
+        (_PROCESSES, 0),
+        ("cluster.device", "cpu"),
+    ]
+
+
+def _warmup_changes(c: RunConfig) -> list[Change]:
+    end = "optim.decay_steps" if c.optim.decay_steps else "train.steps"
+    return [("optim.warmup_steps", decay_end(c) - 1), (end, c.optim.warmup_steps + 1)]
+
+
+_SHARES = ("data.split", "0.98,0.02,0")
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "launched",
+        (_PROCESSES, "processes"),
+        "torchrun or srun has started another number of processes",
+        lambda c: c.cluster.num_processes in (0, launched_processes() or c.cluster.num_processes),
+        lambda c: [(_PROCESSES, 0), (_PROCESSES, launched_processes())],
+    ),
+    Rule(
+        "cuda_present",
+        ("cluster.device",),
+        "this machine has no GPU (or CUDA_VISIBLE_DEVICES hides it)",
+        lambda c: c.cluster.device != "cuda" or count_gpus() > 0,
+        lambda c: [("cluster.device", "auto"), ("cluster.device", "cpu")],
+    ),
+    Rule(
+        "gpu_each",
+        (_PROCESSES, "processes", "cluster.device"),
+        "each process on this machine needs a GPU of its own",
+        lambda c: launched_processes() > 0 or not uses_cuda(c) or processes(c) <= count_gpus() or count_gpus() == 0,
+        _gpu_changes,
+    ),
+    Rule(
+        "layout_fits",
+        (_PROCESSES, "processes", _TP, _PP),
+        f"the number of processes must be a multiple of {_TP} x {_PP}",
+        _layout_fits,
+        _layout_changes,
+    ),
+    _divides("kv_heads_per_head", "model.num_heads", "model.num_kv_heads"),
+    Rule(
+        "hidden_per_head",
+        ("model.hidden_size", "model.num_heads"),
+        "model.hidden_size must be a multiple of model.num_heads, unless model.head_dim is given",
+        _heads_divide,
+        _head_changes,
+    ),
+    Rule(
+        "rope_even",
+        ("model.head_dim", "model.hidden_size", "model.num_heads"),
+        "model.head_dim must be even: RoPE turns pairs of numbers",
+        lambda c: c.model.architecture != "llama" or c.model.head_dim % 2 == 0 or not _heads_divide(c),
+        _head_dim_changes,
+    ),
+    _divides("heads_per_rank", "model.num_heads", _TP),
+    _divides("kv_heads_per_rank", "model.num_kv_heads", _TP, when=lambda c: "num_kv_heads" not in c.model.derived),
+    _divides("ffn_per_rank", "model.ffn_size", _TP),
+    Rule(
+        "vocab_per_rank",
+        ("model.vocab_size", _TP),
+        f"model.vocab_size must be a multiple of {_TP}",
+        lambda c: c.model.vocab_size % c.parallel.tensor_parallel == 0,
+        _vocab_changes,
+    ),
+    _divides("sequence_per_rank", "data.seq_length", _TP, when=lambda c: c.parallel.sequence_parallel),
+    _needs(
+        "sequence_parallel_used",
+        "parallel.sequence_parallel",
+        False,
+        _TP,
+        lambda c: c.parallel.tensor_parallel > 1,
+        (_TP, 2),
+        f"parallel.sequence_parallel has no effect with {_TP}=1",
+    ),
+    Rule(
+        "layer_per_chunk",
+        ("model.num_layers", _PP, _CHUNKS),
+        f"{_PP} x {_CHUNKS} must not exceed model.num_layers: every chunk needs a layer",
+        lambda c: c.parallel.pipeline_parallel * c.parallel.chunks <= c.model.num_layers,
+        _stage_changes,
+    ),
+    _needs(
+        "chunks_schedule",
+        _CHUNKS,
+        1,
+        "parallel.schedule",
+        lambda c: c.parallel.schedule == "gpipe",
+        ("parallel.schedule", "gpipe"),
+        f"{_CHUNKS} > 1 needs parallel.schedule=gpipe",
+    ),
+    _needs(
+        "chunks_stages",
+        _CHUNKS,
+        1,
+        _PP,
+        lambda c: c.parallel.pipeline_parallel > 1,
+        (_PP, 2),
+        f"{_CHUNKS} > 1 needs {_PP} > 1",
+    ),
+    Rule(
+        "batch_divides",
+        ("train.global_batch_size", "train.micro_batch_size", "data parallel copies"),
+        "train.global_batch_size must be a multiple of train.micro_batch_size x data parallel copies",
+        lambda c: not _layout_fits(c) or c.train.global_batch_size % (c.train.micro_batch_size * data_parallel(c)) == 0,
+        _batch_changes,
+    ),
+    _at_most("sequence_fits", "data.seq_length", "model.max_seq_length"),
+    Rule(
+        "split_shares",
+        ("data.split",),
+        "data.split is three shares >= 0, joined by commas: training (> 0), validation, test",
+        lambda c: split_shares(c.data.split) is not None,
+        lambda c: [_SHARES],
+    ),
+    Rule(
+        "eval_has_data",
+        ("train.eval_every", "data.split"),
+        "evaluation needs a validation share > 0, the second number of data.split",
+        lambda c: c.train.eval_every == 0 or (split_shares(c.data.split) or (1, 1, 0))[1] > 0,
+        lambda c: [_SHARES, ("train.eval_every", 0)],
+    ),
+    _needs(
+        "patience_used",
+        "train.patience",
+        0,
+        "train.eval_every",
+        lambda c: c.train.eval_every > 0,
+        ("train.eval_every", 100),
+        "train.patience counts evaluations: it has no effect with train.eval_every=0",
+    ),
+    _at_most("lr_order", "optim.min_lr", "optim.lr"),
+    Rule(
+        "warmup_ends",
+        ("optim.warmup_steps", "optim.decay_steps", "train.steps"),
+        "optim.warmup_steps must be below the end of the decay (optim.decay_steps, or train.steps where that is 0)",
+        lambda c: c.optim.warmup_steps < decay_end(c),
+        _warmup_changes,
+    ),
+    _needs(
+        "wsd_used",
+        "optim.wsd_decay_steps",
+        0,
+        "optim.schedule",
+        lambda c: c.optim.schedule == "wsd",
+        ("optim.schedule", "wsd"),
+        "optim.wsd_decay_steps has an effect with optim.schedule=wsd only",
+    ),
+    Rule(
+        "wsd_fits",
+        ("optim.wsd_decay_steps", "optim.warmup_steps", "optim.decay_steps", "train.steps"),
+        "optim.wsd_decay_steps must fit between the warm-up and the end of the decay",
+        lambda c: c.optim.schedule != "wsd" or c.optim.wsd_decay_steps <= max(0, decay_end(c) - c.optim.warmup_steps),
+        lambda c: [("optim.wsd_decay_steps", max(0, decay_end(c) - c.optim.warmup_steps))],
+    ),
+)
+
+
+def validate(config: RunConfig) -> list[Problem]:
+    """Problems of all broken rules, each with its fix. All fixes together, not only each alone, make the rules hold."""
+    if isinstance(config, ParityRun):
+        return _validate_layouts(config)
+    cure_of = plan(RULES, config)
+    return [_problem(rule, config, cure_of.get(rule.name)) for rule in broken(RULES, config)]
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError with all problems."""
+    if problems := validate(config):
+        raise ConfigError(*problems)
+
+
+def _problem(rule: Rule, config: RunConfig, cure: Change | None) -> Problem:
+    here = ", ".join(f"{key} = {_shown(config, key)}" for key in rule.keys[1:])
+    allowed = ""
+    if cure is not None:
+        values = {change[1]: None for change in cures(rule, config) if change[0] == cure[0]} | {cure[1]: None}
+        nearest = list(values)[:5]
+        allowed = f"{cure[0]}: {', '.join(map(str, sorted(nearest)))}" if len(nearest) > 1 else ""
+    text = f"{rule.text} (here {here})" if here else rule.text
+    return Problem(rule.keys[0], value_of(config, rule.keys[0]), text, allowed, fields.assign(*cure) if cure else "")
+
+
+def _shown(config: RunConfig, key: str) -> object:
+    return _DERIVED[key](config) if key in _DERIVED else value_of(config, key)
+
+
+def _validate_layouts(config: ParityRun) -> list[Problem]:
+    """Parity runs one config on many layouts: the rules for one rank first, then (with their cures) each layout's."""
+    sections = {field.name: getattr(config, field.name) for field, _ in fields.fields_of(RunConfig)}
+    single = with_layout(RunConfig(**sections), "single")
+    problems = validate(single)
+    for cure in plan(RULES, single).values():
+        single = with_value(single, *cure)
+    faults = {name: _layout_fault(single, name) for name in config.parity.layouts}
+    good = [name for name, fault in faults.items() if not fault] or ["single"]
+    fix = fields.assign("parity.layouts", good)
+    return problems + [Problem("parity.layouts", name, fault, fix=fix) for name, fault in faults.items() if fault]
+
+
+def _layout_fault(single: RunConfig, name: str) -> str:
+    """What keeps the layout from running; empty if nothing."""
+    try:
+        return "; ".join(problem.rule for problem in validate(with_layout(single, name)))
+    except ValueError as error:
+        return str(error)

@@ -1,0 +1,65 @@
+"""The one exception family: what is wrong, the rule it breaks, and the fix. A user's mistake never shows a traceback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: `key = value`, the rule, what is allowed, and the nearest fix."""
+
+    key: str
+    value: object
+    rule: str
+    allowed: str = ""
+    fix: str = ""  # a command line override (`parallel.tensor_parallel=2`) or a command to run
+
+    def __str__(self) -> str:
+        lines = [f"{self.key} = {self.value}" if self.value is not None else self.key, f"  rule:    {self.rule}"]
+        if self.allowed:
+            lines.append(f"  allowed: {self.allowed}")
+        if self.fix:
+            lines.append(f"  fix:     {self.fix}")
+        return "\n".join(lines)
+
+
+class MegalmError(Exception):
+    """Base of every error that a user can mend; the command line prints `str(error)` and exits with `exit_code`."""
+
+    exit_code = 2
+    kind = "error"
+
+    def __init__(self, *problems: Problem):
+        super().__init__(*problems)
+        self.problems = list(problems)
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        title = f"{self.kind}: {count} problem{'s' if count != 1 else ''}"
+        return "\n".join([title, *(f"{i}. {p}" for i, p in enumerate(self.problems, 1))])
+
+
+class ConfigError(MegalmError):
+    """A setting, or a combination of settings, that cannot run."""
+
+    kind = "config error"
+
+
+class DataError(MegalmError):
+    """A corpus, tokenizer or index file that is missing, empty, truncated or of the wrong kind."""
+
+    kind = "data error"
+
+
+class CheckpointError(MegalmError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+    kind = "checkpoint error"
+
+
+class RunError(MegalmError):
+    """A run that cannot go on: a port in use, a worker that died, a loss that is no longer finite."""
+
+    kind = "run error"
+    exit_code = 1

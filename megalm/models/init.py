@@ -1,0 +1,34 @@
+"""Initial weights as a function of (seed, parameter name): the same on every layout, whichever rank draws them.
+
+Every parameter has its own generator, seeded by a hash of the run's seed and the parameter's full name; a rank draws
+the whole tensor and keeps its slice. Nothing depends on the order of construction, the stage or the rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from megalm.config.model import ModelConfig
+
+_RESIDUAL = ("attention.out.weight", "mlp.down.weight")  # each adds to the residual stream: 2 per layer
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    """The whole initial tensor of one parameter, fp32 on the CPU.
+
+    Norm scales are 1, biases 0, matrices normal with `init_std`, residual projections with init_std / sqrt(2 layers)
+    (Radford et al. 2019).
+    """
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    residual = name.endswith(_RESIDUAL)
+    std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+    return torch.randn(shape, generator=generator) * std

@@ -1,0 +1,100 @@
+"""The small parts of a block: norms, dropout, position embedding, MLPs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalm.models.dropout import keep_mask
+from megalm_kernels import layer_norm, rms_norm, swiglu
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with a learned scale. x (..., E)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a learned scale and bias. x (..., E)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class OnSequenceSlice(nn.Module):
+    """A module that may see only a slice of the sequence, and must know which: slice `index` of `count` equal ones."""
+
+    sequence_slice: tuple[int, int] = (0, 1)
+
+    def local(self, positions: Tensor) -> Tensor:
+        """The positions of this module's slice. positions (S,) -> (S / count,)."""
+        index, count = self.sequence_slice
+        return positions.chunk(count)[index]
+
+
+class PositionEmbedding(OnSequenceSlice):
+    """Learned position vectors. positions (S,) int64 -> (S, E)."""
+
+    def __init__(self, num_positions: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_positions, size))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return F.embedding(self.local(positions), self.weight)
+
+
+class Dropout(OnSequenceSlice):
+    """Dropout whose mask is a function of (seed, site, sample, position, channel): the same on every layout.
+
+    `site` tells the places in the model apart; `seed` is set by the run. x (B, S, E).
+    """
+
+    def __init__(self, probability: float, site: int):
+        super().__init__()
+        self.probability, self.site, self.seed = probability, site, 0
+
+    def forward(self, x: Tensor, samples: Tensor | None, positions: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        assert samples is not None, "dropout needs the samples' numbers"
+        keep = keep_mask(self.seed, self.site, samples, self.local(positions), x.shape[-1], self.probability)
+        return x * keep * (1.0 / (1.0 - self.probability))
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))), with biases. x (B, S, E)."""
+
+    def __init__(self, size: int, inner: int):
+        super().__init__()
+        self.up = nn.Linear(size, inner)
+        self.down = nn.Linear(inner, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class SwigluMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases. x (B, S, E)."""
+
+    def __init__(self, size: int, inner: int):
+        super().__init__()
+        self.gate = nn.Linear(size, inner, bias=False)
+        self.up = nn.Linear(size, inner, bias=False)
+        self.down = nn.Linear(inner, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate(x), self.up(x)))

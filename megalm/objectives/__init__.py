@@ -1,0 +1,1 @@
+"""From a batch and the model's outputs to a loss: one function per objective."""

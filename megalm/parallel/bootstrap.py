@@ -1,0 +1,105 @@
+"""From environment variables to a process group, and back out of it cleanly.
+
+Started by torchrun, by srun or by our own launcher, a process finds its rank in the environment. The rendezvous store is
+our own, with a prefix per attempt: torchrun reuses its store after a restart, and gloo then finds the dead attempt's
+addresses there and fails ("Connection refused").
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megalm.config.train import ClusterConfig
+from megalm.errors import Problem, RunError
+
+_SETTLE_SECONDS = 0.3  # gloo's threads must let go of Python objects before the interpreter ends, or it aborts
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands, and where the rendezvous is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+    attempt: str
+    store_is_served: bool  # another process (torchrun's agent) serves the store
+
+
+def find_place(environ: dict[str, str]) -> Place:
+    """Read torchrun's variables (also set by our own launcher), else srun's, else: one process."""
+    served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = environ.get("TORCHELASTIC_RESTART_COUNT") or environ.get("SLURM_RESTART_COUNT") or "0"
+    if "RANK" in environ:
+        rank, world, local = (int(environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return Place(rank, world, local, environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), attempt, served)
+    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        rank, world, local = (int(environ[k]) for k in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+        address = environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"])
+        port = int(environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 10000)
+        return Place(rank, world, local, address, port, attempt, served)
+    return Place(0, 1, 0, "127.0.0.1", 0, attempt, served)
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: `n[03-05,9],m1` -> `n03`."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodelist)[0])
+
+
+def start_process_group(config: ClusterConfig) -> torch.device:
+    """Join the run's process group; returns this rank's device. Raises RunError when the rendezvous fails."""
+    place = find_place(dict(os.environ))
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed asserts it
+    _die_with_parent()
+    use_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", place.local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    timeout = timedelta(seconds=config.timeout_seconds)
+    store = dist.PrefixStore(f"attempt-{place.attempt}", _open_store(place, timeout))
+    dist.init_process_group(
+        "nccl" if use_gpu else "gloo", store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+    )
+    return device
+
+
+def _open_store(place: Place, timeout: timedelta) -> dist.Store:
+    if place.world_size == 1:
+        return dist.HashStore()
+    serves = place.rank == 0 and not place.store_is_served
+    try:
+        return dist.TCPStore(place.address, place.port, place.world_size, is_master=serves, timeout=timeout)
+    except dist.DistError as error:
+        where = f"{place.address}:{place.port}"
+        rule = "rank 0 must be able to listen there" if serves else "every rank must reach rank 0's rendezvous"
+        fix = "cluster.port=0 (any free port), or another MASTER_PORT"
+        raise RunError(Problem("MASTER_ADDR:MASTER_PORT", where, rule, str(error).splitlines()[0], fix)) from error
+
+
+def stop_process_group() -> None:
+    """Leave together. Without the pause gloo aborts now and then ("terminate called without an active exception")."""
+    if dist.is_initialized():
+        dist.barrier()
+        if dist.get_backend() == "gloo" and dist.get_world_size() > 1:
+            time.sleep(_SETTLE_SECONDS)
+        dist.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    """Linux: if the launcher is killed, its workers get SIGTERM instead of holding the machine."""
+    if "MEGALM_LAUNCHER" in os.environ and hasattr(ctypes, "CDLL"):
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,0 +1,114 @@
+"""Collectives over a Group, plain and as autograd pairs; in a group of one all of them are the identity.
+
+The pairs are conjugate (Shoeybi et al. 2019; with sequence parallelism Korthikanti et al. 2022):
+
+    copy_to_region     f   identity forward,       all-reduce backward
+    sum_from_region    g   all-reduce forward,     identity backward
+    gather_sequence    f'  all-gather forward,     reduce-scatter backward
+    scatter_sum        g'  reduce-scatter forward, all-gather backward
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalm.parallel.topology import Group
+
+# torch 2.13 renamed the two; the old names warn there and the new ones are missing before.
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce over the group, in place; returns x."""
+    if group.size > 1:
+        dist.all_reduce(x, op=op, group=group.handle)
+    return x
+
+
+def all_gather(x: Tensor, group: Group, dim: int = 0) -> Tensor:
+    """Join every rank's x along `dim`."""
+    if group.size == 1:
+        return x
+    parts = torch.empty((group.size, *x.shape), dtype=x.dtype, device=x.device)
+    _all_gather_flat(parts.view(-1), x.contiguous().view(-1), group=group.handle)
+    return parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim=dim)
+
+
+def reduce_scatter(x: Tensor, group: Group, dim: int = 0) -> Tensor:
+    """Sum over the group; this rank keeps its slice of `dim`, which must divide by the group's size."""
+    if group.size == 1:
+        return x
+    parts = torch.stack(x.chunk(group.size, dim)) if dim != 0 else x.contiguous()
+    out = torch.empty(x.numel() // group.size, dtype=x.dtype, device=x.device)
+    _reduce_scatter_flat(out, parts.view(-1), group=group.handle)
+    shape = list(x.shape)
+    shape[dim] //= group.size
+    return out.view(shape)
+
+
+class _CopyToRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return all_reduce(grad.contiguous().clone(), ctx.group), None
+
+
+class _SumFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce(x.contiguous().clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return all_gather(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return reduce_scatter(grad, ctx.group, ctx.dim), None, None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return reduce_scatter(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return all_gather(grad, ctx.group, ctx.dim), None, None
+
+
+def copy_to_region(x: Tensor, group: Group) -> Tensor:
+    """f: enter a region that the group computes in parts from the whole x."""
+    return _CopyToRegion.apply(x, group) if group.size > 1 else x
+
+
+def sum_from_region(x: Tensor, group: Group) -> Tensor:
+    """g: leave it; the parts' contributions are summed."""
+    return _SumFromRegion.apply(x, group) if group.size > 1 else x
+
+
+def gather_sequence(x: Tensor, group: Group, dim: int = 1) -> Tensor:
+    """f with sequence parallelism: the slices of the sequence are joined. x (B, S / size, ...) -> (B, S, ...)."""
+    return _GatherSequence.apply(x, group, dim) if group.size > 1 else x
+
+
+def scatter_sum(x: Tensor, group: Group, dim: int = 1) -> Tensor:
+    """g with sequence parallelism: sum, and keep one slice of the sequence. x (B, S, ...) -> (B, S / size, ...)."""
+    return _ScatterSum.apply(x, group, dim) if group.size > 1 else x

@@ -1,0 +1,158 @@
+"""Pipeline schedules: pure functions (ranks, microbatches, chunks) -> for each rank, the list of what it does.
+
+A schedule says only what is computed and in which order. `with_communication` simulates all ranks together and inserts
+the transfers where they happen; the same list drives the executor, the pictures and the tests.
+
+Stages are numbered along the model. Stage s lives on rank s % ranks, as its chunk s // ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+FORWARD, BACKWARD = "F", "B"
+
+
+@dataclass(frozen=True)
+class Action:
+    """Compute one microbatch on one stage, forward or backward."""
+
+    kind: str
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """An activation (kind F) or its gradient (kind B) of one microbatch that moves from one stage to a neighbour."""
+
+    kind: str
+    source: int
+    target: int
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Transfers that a rank posts together, in an order that all ranks agree on."""
+
+    transfers: tuple[Transfer, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The compute actions of every rank."""
+
+    num_ranks: int
+    num_chunks: int
+    num_microbatches: int
+    actions: tuple[tuple[Action, ...], ...]  # by rank
+
+    @property
+    def num_stages(self) -> int:
+        return self.num_ranks * self.num_chunks
+
+    def rank_of(self, stage: int) -> int:
+        return stage % self.num_ranks
+
+    def output_of(self, action: Action) -> Transfer | None:
+        """What an action hands to a neighbouring stage; None at the ends of the model."""
+        target = action.stage + (1 if action.kind == FORWARD else -1)
+        if not 0 <= target < self.num_stages:
+            return None
+        return Transfer(action.kind, action.stage, target, action.microbatch)
+
+    def input_of(self, action: Action) -> Transfer | None:
+        """What an action needs from a neighbouring stage; None at the ends of the model."""
+        source = action.stage - (1 if action.kind == FORWARD else -1)
+        if not 0 <= source < self.num_stages:
+            return None
+        return Transfer(action.kind, source, action.stage, action.microbatch)
+
+
+def _stages_of(rank: int, ranks: int, chunks: int) -> list[int]:
+    return [chunk * ranks + rank for chunk in range(chunks)]
+
+
+def forward_only(ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """Every forward, chunk after chunk: evaluation."""
+    per_rank = [
+        [Action(FORWARD, s, m) for s in _stages_of(r, ranks, chunks) for m in range(microbatches)] for r in range(ranks)
+    ]
+    return Schedule(ranks, chunks, microbatches, tuple(map(tuple, per_rank)))
+
+
+def gpipe(ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """All forwards, then all backwards (Huang et al. 2019); with chunks, looped breadth-first (Lamy-Poirier 2023)."""
+    per_rank = []
+    for r in range(ranks):
+        stages = _stages_of(r, ranks, chunks)
+        forwards = [Action(FORWARD, s, m) for s in stages for m in range(microbatches)]
+        backwards = [Action(BACKWARD, s, m) for s in reversed(stages) for m in range(microbatches)]
+        per_rank.append(forwards + backwards)
+    return Schedule(ranks, chunks, microbatches, tuple(map(tuple, per_rank)))
+
+
+def one_forward_one_backward(ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """1F1B (Narayanan et al. 2019): at most `ranks - rank` microbatches are in flight on a rank."""
+    assert chunks == 1, "1f1b has one chunk per rank"
+    per_rank = []
+    for r in range(ranks):
+        warmup = min(ranks - r - 1, microbatches)
+        actions = [Action(FORWARD, r, m) for m in range(warmup)]
+        for m in range(warmup, microbatches):
+            actions += [Action(FORWARD, r, m), Action(BACKWARD, r, m - warmup)]
+        actions += [Action(BACKWARD, r, m) for m in range(microbatches - warmup, microbatches)]
+        per_rank.append(actions)
+    return Schedule(ranks, chunks, microbatches, tuple(map(tuple, per_rank)))
+
+
+SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
+
+
+def with_communication(schedule: Schedule) -> list[list[Action | Exchange]]:
+    """Simulate all ranks in ticks of one action each and insert every transfer into both its ranks' lists.
+
+    Both sides of a transfer enter their lists in the same tick and in one global order. So each pair of ranks posts the
+    same operations in the same order (NCCL matches by order, it has no tags), and no list waits for something that comes
+    later in that order: a rank that blocks in every send until it is received cannot deadlock. Raises ValueError if the
+    schedule itself can never finish, naming the action at which each rank is stuck.
+    """
+    lists: list[list[Action | Exchange]] = [[] for _ in range(schedule.num_ranks)]
+    todo = [list(reversed(actions)) for actions in schedule.actions]
+    delivered: set[Transfer] = set()
+    done: set[Action] = set()
+    while any(todo):
+        ran = [
+            (r, todo[r].pop())
+            for r in range(schedule.num_ranks)
+            if todo[r] and _ready(todo[r][-1], schedule, delivered, done)
+        ]
+        if not ran:
+            stuck = ", ".join(f"rank {r} at {actions[-1]}" for r, actions in enumerate(todo) if actions)
+            raise ValueError(f"this schedule can never finish: {stuck}")
+        outgoing: list[list[Transfer]] = [[] for _ in range(schedule.num_ranks)]
+        for rank, action in ran:
+            lists[rank].append(action)
+            done.add(action)
+            transfer = schedule.output_of(action)
+            if transfer is not None:
+                delivered.add(transfer)
+                target = schedule.rank_of(transfer.target)
+                for side in {rank, target} if target != rank else ():
+                    outgoing[side].append(transfer)
+        for rank, transfers in enumerate(outgoing):
+            if transfers:
+                lists[rank].append(Exchange(tuple(transfers)))
+    return lists
+
+
+def _ready(action: Action, schedule: Schedule, delivered: set[Transfer], done: set[Action]) -> bool:
+    """Its input is there and, for a backward, its own forward is done."""
+    needed = schedule.input_of(action)
+    forward_done = action.kind == FORWARD or Action(FORWARD, action.stage, action.microbatch) in done
+    return forward_done and (needed is None or needed in delivered)

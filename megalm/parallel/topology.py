@@ -1,0 +1,112 @@
+"""Which rank does what: the grid of pipeline x data x tensor ranks and its process groups, one frozen object.
+
+Order from slowest to fastest: pipeline, data, tensor. Tensor parallel ranks are neighbours (they talk most), pipeline
+neighbours are farthest apart (they talk least). World size = product; the data parallel size is derived, never set.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megalm.config.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that work together along one axis, seen from one of them."""
+
+    ranks: tuple[int, ...]  # global ranks, in the order of the axis
+    rank: int  # this process's place in `ranks`
+    handle: dist.ProcessGroup | None = None  # None: a group of one, where every collective is the identity
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place in the grid."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor: Group
+    data: Group
+    pipeline: Group
+    model: Group  # all ranks of one copy of the model: pipeline x tensor
+    embedding: Group  # first and last pipeline stage of one (data, tensor) place: they share tied embeddings
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The same numbers for every rank, without processes: used by the planner and the tests too."""
+
+    pipeline: int
+    data: int
+    tensor: int
+
+    @property
+    def world_size(self) -> int:
+        return self.pipeline * self.data * self.tensor
+
+    def rank(self, pipeline: int, data: int, tensor: int) -> int:
+        """The global rank at a place in the grid."""
+        return (pipeline * self.data + data) * self.tensor + tensor
+
+    def groups(self, *axes: str) -> list[tuple[int, ...]]:
+        """All groups of ranks that differ only along `axes`, each in grid order."""
+        sizes = {"pipeline": self.pipeline, "data": self.data, "tensor": self.tensor}
+        fixed = [axis for axis in sizes if axis not in axes]
+        found = []
+        for place in itertools.product(*(range(sizes[axis]) for axis in fixed)):
+            where = dict(zip(fixed, place, strict=True))
+            along = itertools.product(*(range(sizes[axis]) for axis in axes))
+            found.append(tuple(self.rank(**where, **dict(zip(axes, p, strict=True))) for p in along))
+        return found
+
+    def embedding_groups(self) -> list[tuple[int, ...]]:
+        """First and last stage of every (data, tensor) place; one rank where there is one stage."""
+        return [tuple(dict.fromkeys((ranks[0], ranks[-1]))) for ranks in self.groups("pipeline")]
+
+
+def build_topology(config: ParallelConfig, device: torch.device) -> Topology:
+    """Make the process groups of this run. Collective: every rank of the initialised default group calls it."""
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    data = world_size // config.model_parallel
+    grid = Grid(config.pipeline_parallel, data, config.tensor_parallel)
+    assert grid.world_size == world_size, f"{grid} does not fill {world_size} processes"
+    return Topology(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        tensor=_build_group(grid.groups("tensor"), rank),
+        data=_build_group(grid.groups("data"), rank),
+        pipeline=_build_group(grid.groups("pipeline"), rank),
+        model=_build_group(grid.groups("pipeline", "tensor"), rank),
+        embedding=_build_group(grid.embedding_groups(), rank),
+        sequence_parallel=config.sequence_parallel and config.tensor_parallel > 1,
+    )
+
+
+def _build_group(all_ranks: list[tuple[int, ...]], rank: int) -> Group:
+    """Make every group of one kind (each rank must take part in making all of them); return this rank's."""
+    mine = Group((rank,), 0)
+    for ranks in all_ranks:
+        handle = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        if rank in ranks:
+            mine = Group(ranks, ranks.index(rank), handle)
+    return mine

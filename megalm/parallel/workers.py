@@ -1,0 +1,177 @@
+"""Start a run's processes on this machine, watch them, and end all when one dies. Imports no torch.
+
+Each worker is the same command again with torchrun's environment variables set. Rank 0 keeps the console; the others
+write to `logs/rank-N.log`. A worker that fails leaves a small JSON note; the launcher shows the earliest one, once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalm.config.machine import processes
+from megalm.config.run import RunConfig
+from megalm.errors import ConfigError, MegalmError, Problem, RunError
+
+_POLL_SECONDS = 0.05
+_NOTE_SECONDS = 1.0  # how long to wait for other workers' notes, so that the cause is shown and not its echo
+_GRACE_SECONDS = 3.0  # between SIGTERM and SIGKILL
+
+
+def in_worker(environ: dict[str, str] | None = None) -> bool:
+    """Whether a launcher (torchrun, srun, or `start_workers`) has started this process as one rank."""
+    environ = dict(os.environ) if environ is None else environ
+    return "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def start_workers(module: str, arguments: Sequence[str], config: RunConfig, quiet: bool = False) -> None:
+    """Run `python -m module arguments...` as the ranks of `config` and wait for them. Raises RunError when one fails.
+
+    `quiet` sends rank 0's console to its log file too.
+    """
+    num_processes, log_dir = processes(config), Path(config.train.run_dir) / "logs"
+    make_folder(log_dir)
+    for note in log_dir.glob("error-rank-*.json"):
+        note.unlink()
+    environ = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port(config.cluster.port)),
+        "WORLD_SIZE": str(num_processes),
+        "OMP_NUM_THREADS": str(config.cluster.threads or max(1, (os.cpu_count() or 1) // num_processes)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+        "MEGALM_LAUNCHER": str(log_dir),
+    }
+    command = [sys.executable, "-m", module, *arguments]
+    workers = [_start(command, environ, rank, log_dir, quiet) for rank in range(num_processes)]
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        _watch(workers, log_dir)
+    finally:
+        _end(workers)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of the run. Raises ConfigError if this user may not."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError("no write permission")
+    except OSError as error:
+        rule = "must be a folder that can be made and written"
+        raise ConfigError(
+            Problem("train.run_dir", path, rule, error.strerror or str(error), "train.run_dir=<a folder of yours>")
+        ) from error
+
+
+def _start(command: list[str], environ: dict[str, str], rank: int, log_dir: Path, quiet: bool) -> subprocess.Popen:
+    environ = {**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    if rank == 0 and not quiet:
+        return subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
+    with open(log_dir / f"rank-{rank}.log", "a", encoding="utf-8") as file:
+        return subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+
+
+def _watch(workers: list[subprocess.Popen], log_dir: Path) -> None:
+    """Wait until all end well, or one does not."""
+    while True:
+        codes = [worker.poll() for worker in workers]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        if failed:
+            time.sleep(_NOTE_SECONDS)
+            raise _first_error(workers, failed, log_dir)
+        if all(code == 0 for code in codes):
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _first_error(workers: list[subprocess.Popen], failed: list[int], log_dir: Path) -> MegalmError:
+    """The cause: a worker killed by a signal leaves no note and was first; else the earliest note."""
+    for rank in failed:
+        code = workers[rank].poll() or 0
+        if code < 0:
+            name = signal.Signals(-code).name
+            rule = "every worker must run to the end; all the others were ended"
+            fix = f"look at {log_dir}/rank-{rank}.log; run the same command again: it resumes from the last checkpoint"
+            return RunError(Problem(f"rank {rank}", f"killed by {name}", rule, "", fix))
+    notes = [json.loads(path.read_text()) for path in log_dir.glob("error-rank-*.json")]
+    if not notes:
+        tail = _tail(log_dir / f"rank-{failed[0]}.log")
+        code = workers[failed[0]].poll()
+        return RunError(
+            Problem(f"rank {failed[0]}", f"ended with exit code {code}", "every worker must run to the end", tail)
+        )
+    first = min(notes, key=lambda note: note["time"])
+    error = RunError(*(Problem(**problem) for problem in first["problems"]))
+    error.kind, error.exit_code = f"{first['kind']} on rank {first['rank']}", first["exit_code"]
+    return error
+
+
+def note_error(error: BaseException) -> None:
+    """In a worker: leave the note that the launcher shows; does nothing under torchrun or srun."""
+    folder = os.environ.get("MEGALM_LAUNCHER")
+    if folder is None:
+        return
+    known = isinstance(error, MegalmError)
+    if not known:
+        traceback.print_exception(error)
+    last = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    where = f"{last.filename}:{last.lineno}" if last else ""
+    problems = error.problems if isinstance(error, MegalmError) else [
+        Problem(type(error).__name__, str(error).splitlines()[0] if str(error) else "", "an error of megalm itself or its environment",
+                where, f"the whole traceback is in {folder}/rank-{os.environ['RANK']}.log or on the console")
+    ]  # fmt: skip
+    note = {
+        "rank": int(os.environ["RANK"]),
+        "time": time.time(),
+        "kind": error.kind if isinstance(error, MegalmError) else "error",
+        "exit_code": error.exit_code if isinstance(error, MegalmError) else 1,
+        "problems": [{**vars(p), "value": str(p.value)} for p in problems],
+    }
+    path = Path(folder) / f"error-rank-{os.environ['RANK']}.json"
+    path.with_suffix(".tmp").write_text(json.dumps(note))
+    path.with_suffix(".tmp").rename(path)
+
+
+def _end(workers: list[subprocess.Popen]) -> None:
+    """Make sure that no worker is left: ask, wait a little, kill."""
+    for worker in workers:
+        if worker.poll() is None:
+            worker.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for worker in workers:
+        try:
+            worker.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def _free_port(port: int) -> int:
+    """`port` if it is free, any free one if it is 0. Raises ConfigError if it is taken."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            rule = "the rendezvous port must be free on this machine"
+            raise ConfigError(
+                Problem("cluster.port", port, rule, error.strerror or "", "cluster.port=0 (any free port)")
+            ) from error
+        return probe.getsockname()[1]
+
+
+def _tail(path: Path, lines: int = 5) -> str:
+    """The last lines of a log file, in one line."""
+    if not path.exists():
+        return ""
+    return " | ".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

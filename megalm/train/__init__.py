@@ -1,0 +1,1 @@
+"""Where model and cluster meet (`build`), and the loop (`trainer`)."""

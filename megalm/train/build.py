@@ -1,0 +1,146 @@
+"""The one meeting place: a plain model, a plan, a topology and an engine become a job that can train.
+
+Everything below this file knows either the model or the cluster, not both. Read `build_job` from top to bottom.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalm.config.run import RunConfig
+from megalm.data.corpus import Corpus
+from megalm.data.loader import Batch, Loader
+from megalm.models.layers import Dropout
+from megalm.models.init import initial_value
+from megalm.models.plans import PLANS, TIED
+from megalm.models.registry import build_model
+from megalm.objectives.language_modeling import causal_loss
+from megalm.optim.adam import build_optimizer
+from megalm.optim.groups import build_groups
+from megalm.parallel.engine import Engine, PlainEngine
+from megalm.parallel.pipeline import Forward, PipelineExecutor, apply_stage
+from megalm.parallel.schedules import SCHEDULES, forward_only
+from megalm.parallel.tensor_parallel import apply_tensor_parallel, local_slice, shard_of
+from megalm.parallel.topology import Topology
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Job:
+    """A run's parts on this rank."""
+
+    config: RunConfig
+    topology: Topology
+    chunks: nn.ModuleList  # this rank's stages
+    engine: Engine
+    executor: PipelineExecutor
+    evaluator: PipelineExecutor  # forwards only
+    loader: Loader
+    valid_loader: Loader | None
+    corpus: Corpus
+
+
+def build_job(config: RunConfig, topology: Topology, corpus: Corpus) -> Job:
+    """Model -> stages -> slices -> weights -> engine -> schedule -> loaders."""
+    parallel, dtype = config.parallel, DTYPES[config.train.precision]
+    stages = parallel.pipeline_parallel * parallel.chunks
+    chunks = nn.ModuleList(
+        build_stage(config, topology, chunk * parallel.pipeline_parallel + topology.pipeline.rank, stages, dtype)
+        for chunk in range(parallel.chunks)
+    )
+    microbatches = config.train.global_batch_size // (config.train.micro_batch_size * topology.data.size)
+    eval_microbatches = max(1, -(-config.train.eval_samples // (config.train.micro_batch_size * topology.data.size)))
+    schedule = SCHEDULES[parallel.schedule](parallel.pipeline_parallel, microbatches, parallel.chunks)
+    eval_schedule = forward_only(parallel.pipeline_parallel, eval_microbatches, parallel.chunks)
+    split = topology.tensor.size if topology.sequence_parallel else 1
+    hidden = (config.train.micro_batch_size, config.data.seq_length // split, config.model.hidden_size)
+    executor, evaluator = (
+        PipelineExecutor(s, topology.pipeline, hidden, dtype, topology.device) for s in (schedule, eval_schedule)
+    )
+    eval_batch = eval_microbatches * config.train.micro_batch_size * topology.data.size
+    loader = build_loader(config, topology, corpus.train, config.train.global_batch_size)
+    valid = (
+        build_loader(config, topology, corpus.valid, eval_batch) if config.train.eval_every and corpus.valid else None
+    )
+    return Job(
+        config, topology, chunks, build_engine(config, topology, chunks), executor, evaluator, loader, valid, corpus
+    )
+
+
+def build_stage(config: RunConfig, topology: Topology, stage: int, num_stages: int, dtype: torch.dtype) -> nn.Module:
+    """One pipeline stage, sliced for this tensor rank, with its initial weights."""
+    with torch.device("meta"):
+        model = build_model(config.model)
+    apply_stage(model, stage, num_stages)
+    apply_tensor_parallel(model, PLANS[config.model.architecture], topology)
+    model.tie()
+    apply_initial_weights(model, config, dtype, topology.device)
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.seed = config.train.seed
+    return model
+
+
+def apply_initial_weights(model: nn.Module, config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace every meta parameter by its slice of the initial weights, drawn by name: the same on every layout."""
+    tied = TIED if config.model.tie_embeddings else {}
+    made: dict[int, nn.Parameter] = {}  # a tied parameter has two owners
+    for path, module in model.named_modules():
+        for leaf, empty in list(module.named_parameters(recurse=False)):
+            name = f"{path}.{leaf}".lstrip(".")
+            if id(empty) not in made:
+                shard = shard_of(empty)
+                whole = initial_value(tied.get(name, name), shard.global_shape, config.model, config.train.seed)
+                part = local_slice(empty, tuple(empty.shape), whole)
+                made[id(empty)] = nn.Parameter(part.to(device=device, dtype=dtype, copy=True).contiguous())
+                made[id(empty)].shard = shard  # type: ignore[attr-defined]
+            setattr(module, leaf, made[id(empty)])
+
+
+def build_engine(config: RunConfig, topology: Topology, chunks: nn.ModuleList) -> Engine:
+    """Plain data parallel for zero=0, DeepSpeed (imported only then) for zero=1, 2, 3."""
+    parameters = {name: p for chunk in chunks for name, p in chunk.named_parameters()}
+    groups = build_groups(parameters, config.optim.weight_decay)
+    tied = tied_copy = None
+    if config.model.tie_embeddings and topology.pipeline.size > 1:
+        tied_copy = next((copy for copy in TIED if copy in parameters), None)
+        tied = tied_copy or next((name for name in TIED.values() if name in parameters), None)
+
+    def make_optimizer(param_groups: list[dict]) -> torch.optim.Optimizer:
+        return build_optimizer(param_groups, config.optim)
+
+    if config.parallel.zero == 0:
+        return PlainEngine(groups, make_optimizer, topology, config.optim.clip, tied, tied_copy)
+    from megalm.parallel.zero import ZeroEngine
+
+    return ZeroEngine(
+        chunks, groups, make_optimizer, topology, config.optim.clip, config.parallel.zero, tied, tied_copy
+    )
+
+
+def build_loader(config: RunConfig, topology: Topology, dataset, batch_size: int) -> Loader:  # type: ignore[no-untyped-def]
+    """Only the ends of the pipeline read tokens; the other stages need the samples' numbers alone."""
+    reads = topology.pipeline.is_first or topology.pipeline.is_last
+    return Loader(dataset, batch_size, config.train.micro_batch_size, topology.data.rank, topology.data.size, reads)
+
+
+def build_forward(job: Job, batches: list[Batch], divisor: Tensor, losses: list[Tensor]) -> Forward:
+    """What the executor runs: a chunk, and on the last stage the loss (sum over tokens / divisor), noted in `losses`."""
+    device, last = job.topology.device, job.executor.schedule.num_stages - 1
+    positions = torch.arange(job.config.data.seq_length, device=device)
+
+    def forward(stage: int, microbatch: int, hidden: Tensor | None) -> Tensor:
+        batch = batches[microbatch]
+        x = batch.tokens.to(device) if hidden is None else hidden  # type: ignore[union-attr]
+        y = job.chunks[stage // job.topology.pipeline.size](x, positions, batch.samples.to(device))
+        if stage < last:
+            return y
+        loss = causal_loss(y, batch.labels.to(device), job.topology.tensor) / divisor  # type: ignore[union-attr]
+        losses.append(loss.detach())
+        return job.engine.scale_loss(loss)
+
+    return forward

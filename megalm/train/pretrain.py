@@ -1,0 +1,121 @@
+"""`megalm pretrain` on one rank: join the group, build or resume the job, train, leave."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+import megalm_kernels
+from megalm.checkpoint.sharded import LATEST, find_checkpoint, read_manifest
+from megalm.checkpoint.state import RunState, load_checkpoint, state_of
+from megalm.config.parallel import layout_name
+from megalm.config.run import RunConfig
+from megalm.data.corpus import Corpus, open_corpus
+from megalm.errors import CheckpointError, Problem
+from megalm.log import close_log, log, open_log
+from megalm.models.count import count_parameters
+from megalm.models.plans import TIED
+from megalm.parallel.bootstrap import start_process_group, stop_process_group
+from megalm.parallel.topology import build_topology
+from megalm.parallel.workers import make_folder, note_error
+from megalm.train.build import Job, build_job
+from megalm.train.hooks import Checkpointing, Evaluating, Logging, ProgressBar
+from megalm.train.tracking import build_trackers
+from megalm.train.trainer import Hook, Trainer
+
+
+def pretrain(config: RunConfig) -> None:
+    """Train as `config` says, on the ranks that have been started. Raises MegalmError for what a user can mend."""
+    run_dir = Path(config.train.run_dir)
+    try:
+        make_folder(run_dir)
+        open_log(run_dir / "logs")
+        device = start_process_group(config.cluster)
+        config.cluster.num_processes = dist.get_world_size()
+        torch.manual_seed(
+            config.train.seed
+        )  # nothing draws from it; if something does one day, it is the same each time
+        _train(config, run_dir, device)
+        stop_process_group()
+    except BaseException as error:
+        note_error(error)
+        raise
+    finally:
+        close_log()
+
+
+def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
+    resolved = asdict(config)
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    source = find_source(config, run_dir)
+    if source is not None and _is_finished(config, source):
+        return
+    topology = build_topology(config.parallel, device)
+    choices = megalm_kernels.choose(config.kernels.backend, device.type)
+    job = build_job(config, topology, corpus)
+    state = RunState(data_fingerprint=corpus.fingerprint())
+    if source is not None:
+        state = load_checkpoint(source, job.engine, resolved["model"], TIED if config.model.tie_embeddings else {})
+        _check_same_data(source, state, corpus)
+        log(f"resumed from {source} at step {state.step}")
+    elif topology.rank == 0:
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    _announce(job, choices)
+    logging = Logging(build_trackers(config, resolved) if topology.rank == 0 else [])
+    hooks: list[Hook] = [ProgressBar(), logging, Evaluating(logging), Checkpointing(resolved, logging)]
+    Trainer(job, state, hooks).fit()
+    log(
+        f"done: step {state.step} of {config.train.steps}, {state.consumed_tokens:,} tokens; everything is in {run_dir}"
+    )
+
+
+def find_source(config: RunConfig, run_dir: Path) -> Path | None:
+    """The checkpoint to start from: the run folder's own latest, else `checkpoint.load`, else none."""
+    if (run_dir / "checkpoints" / LATEST).is_file():
+        return find_checkpoint(run_dir)
+    return find_checkpoint(Path(config.checkpoint.load)) if config.checkpoint.load else None
+
+
+def _is_finished(config: RunConfig, source: Path) -> bool:
+    """Whether there is nothing left to do; says so."""
+    state = state_of(read_manifest(source))
+    if state.step < config.train.steps and not state.stopped_early:
+        return False
+    log(
+        f"already at step {state.step} of {config.train.steps} ({source}); nothing to do. More: train.steps=..., anew: train.run_dir=..."
+    )
+    return True
+
+
+def _check_same_data(source: Path, state: RunState, corpus: Corpus) -> None:
+    """Raise CheckpointError if sample numbers would mean other samples than before."""
+    if state.data_fingerprint != corpus.fingerprint():
+        rule = f"the run in {source} was trained on other tokens, another split, seed or sequence length"
+        raise CheckpointError(
+            Problem("data.path", corpus.config.path, rule, "", "the same data.* as before, or a new train.run_dir")
+        )
+
+
+def _announce(job: Job, choices: list[Any]) -> None:
+    """One look at what is about to run."""
+    config, model = job.config, job.config.model
+    layout = layout_name(config.parallel, job.topology.data.size)
+    log(
+        f"{model.architecture} {count_parameters(model):,} parameters, {config.train.precision}; layout {layout} on "
+        f"{job.topology.world_size} x {job.topology.device.type}; {job.executor.schedule.num_microbatches} microbatches of "
+        f"{config.train.micro_batch_size} x {config.data.seq_length} tokens per rank and step"
+    )
+    if job.corpus.unigram_entropy is not None:
+        log(
+            f"corpus: {job.corpus.indexed.num_tokens:,} tokens, unigram entropy {job.corpus.unigram_entropy:.4f} nats per token"
+        )
+    backends = {choice.backend for choice in choices}
+    log(
+        f"kernels: {', '.join(sorted(backends))} ({'; '.join(sorted({choice.reason for choice in choices}))}); pid {os.getpid()}"
+    )

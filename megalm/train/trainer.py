@@ -1,0 +1,143 @@
+"""The training loop: a step one can point at, an evaluation, and what goes around them. Everything else is a hook."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalm.checkpoint.state import RunState
+from megalm.data.loader import Batch
+from megalm.errors import Problem, RunError
+from megalm.objectives.language_modeling import count_tokens
+from megalm.optim.schedule import learning_rate
+from megalm.parallel.collectives import all_reduce
+from megalm.train.build import Job, build_forward
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step tells; the tensors are scalars, equal on all ranks."""
+
+    loss: Tensor  # nats per token over the global batch, before the update
+    grad_norm: Tensor  # before clipping
+    lr: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """On validation samples, which are the same each time."""
+
+    loss: float  # nats per token
+    perplexity: float
+    bits_per_byte: float | None  # None: no tokenizer, so the tokens' bytes are not known
+
+
+class Hook:
+    """Called at the start, after every step (in the order of the list) and at the end (in reverse, also after an error)."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step."""
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """After every optimizer step; `trainer.state.step` counts it already."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step."""
+
+
+class Trainer:
+    """Runs a job from `state` to the last step."""
+
+    def __init__(self, job: Job, state: RunState, hooks: Sequence[Hook]):
+        self.job, self.state, self.hooks = job, state, list(hooks)
+        self.config, self.topology, self.engine = job.config, job.topology, job.engine
+
+    def fit(self) -> None:
+        """Train until `train.steps`, or until a hook sets `state.stopped_early`."""
+        for hook in self.hooks:
+            hook.on_start(self)
+        try:
+            while self.state.step < self.config.train.steps and not self.state.stopped_early:
+                result = self.train_step()
+                for hook in self.hooks:
+                    hook.after_step(self, result)
+        finally:
+            for hook in reversed(self.hooks):
+                hook.on_end(self)
+            self.job.loader.close()
+
+    def train_step(self) -> StepResult:
+        """One optimizer step on one global batch."""
+        batches = self.job.loader.step(self.state.consumed_samples)
+        divisor, losses = self._count(batches), list[Tensor]()
+        self.job.chunks.train()
+        with self.engine.accumulate():
+            self.job.executor.run(build_forward(self.job, batches, divisor, losses))
+        lr = learning_rate(self.state.step, self.config.optim, self.config.train.steps)
+        grad_norm = self.engine.step(lr)
+        self.state.step += 1
+        self.state.consumed_samples += self.config.train.global_batch_size
+        self.state.consumed_tokens += self.config.train.global_batch_size * self.config.data.seq_length
+        return StepResult(self._sum(losses), grad_norm, lr)
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """Loss on the first validation samples."""
+        assert self.job.valid_loader is not None, "evaluation needs a validation split"
+        batches = self.job.valid_loader.step(0)
+        divisor, losses = self._count(batches), list[Tensor]()
+        self.job.chunks.eval()
+        self.job.evaluator.run(build_forward(self.job, batches, divisor, losses))
+        loss = float(self._sum(losses))
+        return Evaluation(loss, math.exp(min(loss, 700.0)), self._bits_per_byte(batches, loss * float(divisor)))
+
+    def _count(self, batches: list[Batch]) -> Tensor:
+        """Tokens that count in the global batch, fp32 scalar; the last stage divides by it."""
+        counts = [count_tokens(batch.labels) for batch in batches if batch.labels is not None]
+        total = torch.stack(counts).sum() if counts else torch.ones((), dtype=torch.int64)
+        return all_reduce(total.to(self.topology.device), self.topology.data).float()
+
+    def _sum(self, losses: list[Tensor]) -> Tensor:
+        """Sum over microbatches and data parallel ranks, told to every stage."""
+        total = torch.stack(losses).sum() if losses else torch.zeros((), device=self.topology.device)
+        return all_reduce(all_reduce(total, self.topology.data), self.topology.pipeline)
+
+    def _bits_per_byte(self, batches: list[Batch], nats: float) -> float | None:
+        """Loss per byte of text, which does not depend on the tokenizer: nats / ln 2 / bytes of the labels."""
+        tokenizer = self.job.corpus.tokenizer
+        if tokenizer is None:
+            return None
+        sizes = torch.from_numpy(tokenizer.token_bytes()).double()
+        labels = [batch.labels for batch in batches if batch.labels is not None]
+        num_bytes = (
+            torch.stack([sizes[x[x >= 0]].sum() for x in labels]).sum()
+            if labels
+            else torch.zeros((), dtype=torch.float64)
+        )
+        num_bytes = all_reduce(num_bytes.to(self.topology.device), self.topology.data)
+        if self.topology.pipeline.size > 1:  # the last stage has read the labels; rank 0 of the run prints
+            dist.broadcast(num_bytes, self.topology.pipeline.ranks[-1], group=self.topology.pipeline.handle)
+            total = torch.tensor(nats, dtype=torch.float64, device=self.topology.device)
+            dist.broadcast(total, self.topology.pipeline.ranks[-1], group=self.topology.pipeline.handle)
+            nats = float(total)
+        return nats / math.log(2) / max(1.0, float(num_bytes))
+
+
+def check_finite(step: int, result: StepResult) -> tuple[float, float]:
+    """Loss and gradient norm as numbers. Raises RunError when one is not finite: the weights are no longer worth saving."""
+    loss, norm = float(result.loss), float(result.grad_norm)  # sync
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        rule = f"loss ({loss}) and gradient norm ({norm}) must stay finite; the last checkpoint is untouched"
+        fix = "a smaller optim.lr, more optim.warmup_steps, or optim.clip=1.0; then run again: it resumes from the last checkpoint"
+        raise RunError(Problem(f"step {step}", None, rule, "", fix))
+    return loss, norm
+
+
+def as_record(step: int, evaluation: Evaluation) -> dict[str, float | int | None]:
+    """One line of metrics.jsonl."""
+    return {"step": step, **{f"valid_{key}": value for key, value in asdict(evaluation).items()}}

@@ -1,0 +1,35 @@
+"""Short names of layouts, as configs and applied to a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from megalm.config.layouts import layout_node, with_layout
+from megalm.config.parallel import layout_name
+from megalm.config.run import RunConfig
+
+NAMES = ["single", "tp2", "tp2_sp", "pp2_gpipe", "pp2_gpipe_chunks2", "tp2_pp2_dp2_zero3", "dp4_zero1", "zero2"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_go_there_and_back(name: str) -> None:
+    config = with_layout(RunConfig(), name)
+    assert layout_name(config.parallel, config.data_parallel) == name
+
+
+def test_what_the_name_leaves_out_is_the_default() -> None:
+    config = with_layout(with_layout(RunConfig(), "tp4_sp_zero3"), "pp2")
+    assert config.parallel.tensor_parallel == 1
+    assert config.parallel.zero == 0
+    assert config.cluster.num_processes == 2
+
+
+@pytest.mark.parametrize("name", ["foo", "tp0", "dp0", "zero4", "tp2_x"])
+def test_bad_names_raise(name: str) -> None:
+    with pytest.raises(ValueError, match=name.split("_")[0][:2]):
+        with_layout(RunConfig(), name)
+
+
+def test_node_sets_the_world_size_only_where_the_name_does() -> None:
+    assert layout_node("tp2_pp2") == {"parallel": {"tensor_parallel": 2, "pipeline_parallel": 2}}
+    assert layout_node("tp2_pp2_dp3")["cluster"] == {"num_processes": 12}

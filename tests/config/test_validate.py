@@ -1,0 +1,173 @@
+"""Every row of the table raises, and the proposed fixes lead to a config that passes."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megalm.config import fields
+from megalm.config.load import examine, load
+from megalm.config.run import ParityRun, RunConfig
+from megalm.config.validate import RULES, check, split_shares, validate
+from megalm.errors import ConfigError, Problem
+
+# row of the table: a config that breaks it, as {dotted key: value}
+BREAKS: dict[str, dict[str, Any]] = {
+    "layout_fits": {"cluster.num_processes": 3, "parallel.tensor_parallel": 2},
+    "kv_heads_per_head": {"model.num_kv_heads": 3},
+    "hidden_per_head": {"model.num_heads": 3},
+    "rope_even": {"model.head_dim": 33},
+    "heads_per_rank": {"parallel.tensor_parallel": 8},
+    "kv_heads_per_rank": {"parallel.tensor_parallel": 4, "model.num_kv_heads": 2},
+    "ffn_per_rank": {"parallel.tensor_parallel": 2, "model.ffn_size": 511},
+    "vocab_per_rank": {"parallel.tensor_parallel": 2, "model.vocab_size": 50257},
+    "sequence_per_rank": {"parallel.tensor_parallel": 2, "parallel.sequence_parallel": True, "data.seq_length": 127},
+    "sequence_parallel_used": {"parallel.sequence_parallel": True},
+    "layer_per_chunk": {"parallel.pipeline_parallel": 5},
+    "chunks_schedule": {"parallel.pipeline_parallel": 2, "parallel.chunks": 2},
+    "chunks_stages": {"parallel.chunks": 2, "parallel.schedule": "gpipe"},
+    "batch_divides": {"train.global_batch_size": 15},
+    "sequence_fits": {"data.seq_length": 2048},
+    "split_shares": {"data.split": "0.9,0.1"},
+    "eval_has_data": {"data.split": "1,0,0", "train.eval_every": 5},
+    "patience_used": {"train.patience": 1},
+    "lr_order": {"optim.min_lr": 1.0},
+    "warmup_ends": {"optim.warmup_steps": 1000},
+    "wsd_used": {"optim.wsd_decay_steps": 5},
+    "wsd_fits": {"optim.schedule": "wsd", "optim.wsd_decay_steps": 600, "optim.warmup_steps": 500},
+    "cuda_present": {"cluster.device": "cuda"},
+    "gpu_each": {"cluster.num_processes": 4},  # on a machine with two GPUs
+    "launched": {"cluster.num_processes": 4},  # under a launcher that started two
+}
+MACHINES = {
+    "gpu_each": {"CUDA_VISIBLE_DEVICES": "0,1"},
+    "launched": {"RANK": "0", "WORLD_SIZE": "2"},
+}
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    raw: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, name = key.split(".")
+        raw.setdefault(section, {})[name] = value
+    return raw
+
+
+def apply_fix(flat: dict[str, Any], problem: Problem) -> None:
+    """What the user would do: paste the proposed `key=value`."""
+    (text,) = shlex.split(problem.fix)
+    override = OverridesParser.create().parse_override(text)
+    flat[override.key_or_group] = override.value()
+
+
+def test_each_row_is_tested() -> None:
+    assert set(BREAKS) == {rule.name for rule in RULES}
+    assert len(BREAKS) == len(RULES)
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_row_raises_and_its_fix_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in MACHINES.get(name, {}).items():
+        monkeypatch.setenv(variable, value)
+    flat = dict(BREAKS[name])
+    rule = next(rule for rule in RULES if rule.name == name)
+    with pytest.raises(ConfigError) as caught:
+        load(RunConfig, nested(flat))
+    mine = [problem for problem in caught.value.problems if problem.rule.startswith(rule.text)]
+    assert len(mine) == 1
+    assert mine[0].key == rule.keys[0]
+    for problem in caught.value.problems:
+        apply_fix(flat, problem)
+    load(RunConfig, nested(flat))
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        {},
+        {"parallel.tensor_parallel": 2, "parallel.sequence_parallel": True, "parallel.pipeline_parallel": 2},
+        {"parallel.pipeline_parallel": 2, "parallel.chunks": 2, "parallel.schedule": "gpipe"},
+        {"model.head_dim": 48, "model.num_heads": 3, "model.num_kv_heads": 1},  # a given head_dim need not divide
+        {"model.architecture": "gpt", "model.head_dim": 33},  # learned positions need no pairs
+        {"cluster.num_processes": 4, "parallel.zero": 3},
+        {"optim.schedule": "wsd", "optim.wsd_decay_steps": 500, "optim.warmup_steps": 500},
+        {"data.split": "98, 2, 0", "train.eval_every": 5, "train.patience": 3},
+    ],
+)
+def test_sound_configs_pass(flat: dict[str, Any]) -> None:
+    check(load(RunConfig, nested(flat)))
+
+
+@pytest.mark.parametrize("text", ["", "1", "a,b,c", "1,0", "0,1,0", "-1,1,1", "nan,0,0", "inf,0,0", "1,0,0,0"])
+def test_bad_splits(text: str) -> None:
+    assert split_shares(text) is None
+
+
+def test_check_raises() -> None:
+    config = RunConfig()
+    config.train.patience = 2
+    with pytest.raises(ConfigError, match="patience"):
+        check(config)
+
+
+def test_the_number_of_processes_is_derived(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = nested({"parallel.tensor_parallel": 2, "train.global_batch_size": 48})
+    assert load(RunConfig, raw).cluster.num_processes == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert load(RunConfig, raw).data_parallel == 2
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert load(RunConfig, raw).data_parallel == 3
+
+
+def test_the_rule_prints_every_factor() -> None:
+    _, problems = examine(RunConfig, nested({"train.global_batch_size": 10, "cluster.num_processes": 3}))
+    assert "train.micro_batch_size = 4, data parallel copies = 3" in problems[0].rule
+    assert problems[0].fix == "train.global_batch_size=12"
+
+
+@pytest.mark.parametrize("name", ["tp3", "foo", "zero9", "dp0", "tp0", "dp3"])
+def test_parity_names_the_layout_that_cannot_run(name: str) -> None:
+    config, problems = examine(ParityRun, {"parity": {"layouts": ["tp2", name]}})
+    assert [(problem.key, problem.value) for problem in problems] == [("parity.layouts", name)]
+    assert problems[0].fix == "'parity.layouts=[tp2]'"
+    config.parity.layouts = ["tp2"]
+    assert validate(config) == []
+
+
+def test_parity_reports_the_base_run_too() -> None:
+    _, problems = examine(ParityRun, {"model": {"num_heads": 3}, "parity": {"layouts": ["pp2"]}})
+    assert [problem.key for problem in problems] == ["model.hidden_size"]
+
+
+def _values(field: Any, kind: Any) -> st.SearchStrategy[Any]:
+    """Values of the right type, legal and not, near the default and far from it."""
+    numbers = {int: st.integers(-1, 12) | st.integers(0, 20_000), float: st.floats(-1, 2) | st.just(fields.default_of(field))}
+    texts = st.sampled_from(["1,0,0", "0.9,0.1,0", "x", *(field.metadata["allowed"] or ["y"])])
+    return {bool: st.booleans(), str: texts, **numbers}[kind]
+
+
+LEAVES = {
+    key: _values(field, kind)
+    for key, field, kind in fields.leaves(RunConfig)
+    if key.split(".")[0] in ("model", "parallel", "data", "optim", "train", "cluster")
+}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(flat=st.fixed_dictionaries({}, optional=LEAVES), gpus=st.sampled_from(["", "0", "0,1,2,3,4,5,6,7"]))
+def test_fixes_lead_to_a_config_that_passes(flat: dict, gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    for _ in range(10):
+        _, problems = examine(RunConfig, nested(flat))
+        if not problems:
+            return
+        for problem in problems:
+            assert problem.fix, problem
+            apply_fix(flat, problem)
+    pytest.fail(f"still broken: {flat}: {problems}")

@@ -1,0 +1,27 @@
+"""Tests that need a machine which is not here are skipped, and say why."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+NEEDS = {
+    "gpu": (_has_gpu, "no CUDA device"),
+    "slurm": (lambda: shutil.which("sbatch") is not None, "no SLURM here"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker, (is_there, reason) in NEEDS.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and not is_there():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,132 @@
+"""Everything that can be wrong with a command line is found before Hydra runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalm.errors import Problem
+from megalm.launchers.compose import inspect, parse
+
+
+def look(*arguments: str, verb: str = "pretrain") -> tuple[Any, list[Problem]]:
+    return inspect(parse(verb, list(arguments)))
+
+
+def config_of(*arguments: str, verb: str = "pretrain") -> Any:
+    config, problems = look(*arguments, verb=verb)
+    assert problems == []
+    return config
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "rule"),
+    [
+        ("model.hiden_size=3", "model.hiden_size", "did you mean model.hidden_size?"),
+        ("+model.foo=3", "model.foo", "unknown key"),
+        ("~model.foo", "model.foo", "unknown key"),
+        ("lr=3", "lr", "did you mean optim.lr?"),
+        ("modle=tiny", "modle", "did you mean model?"),
+        ("model=tinny", "model", "did you mean model=tiny?"),
+        ("model=5", "model", "no such option"),
+        ("parallel=tp2_foo", "parallel", "no such option"),
+        ("train.steps=many", "train.steps", "wrong type"),
+        ("train.steps=1,2", "train.steps", "several values"),
+        ("data.split=0.9,0.1,0", "data.split", "several values"),
+        ("data.path={", "data.path", "cannot read this value"),
+        ("steps", "steps", "did you mean train.steps=...?"),
+        ("absent.yaml", "absent.yaml", "cannot read this file"),
+        ("train.run_dir=${nowhere}", "train.run_dir", "cannot resolve"),
+        ("train.run_dir=${oc.env:HOME}", "train.run_dir", "resolvers"),
+        ("model._target_=os.system", "model._target_", "unknown key"),
+        ("train.seed=null", "train.seed", "wrong type"),
+        ("--config-dir=absent", "--config-dir", "no such folder"),
+        ("--experimental-rerun=x", "--experimental-rerun", "unpickles"),
+        ("parallel.zero=9", "parallel.zero", "not one of the allowed values"),
+        ("hydra.nothing=1", "pretrain", "cannot compose"),
+    ],
+)
+def test_one_fault(argument: str, key: str, rule: str) -> None:
+    _, problems = look(argument)
+    assert [problem.key for problem in problems] == [key]
+    assert rule in problems[0].rule
+
+
+def test_all_faults_at_once() -> None:
+    _, problems = look("model=tinny", "lr=3", "train.steps=0", "train.patience=1", "foo")
+    assert {problem.key for problem in problems} == {"model", "lr", "train.steps", "train.patience", "foo"}
+
+
+def test_a_sweep_is_fine_with_m() -> None:
+    config, problems = look("-m", "optim.lr=1e-3,3e-4", "model=tiny,tiny_gpt")
+    assert problems == []
+    assert config.optim.lr == 1e-3
+
+
+def test_every_job_of_a_sweep_is_looked_at() -> None:
+    _, problems = look("-m", "train.global_batch_size=16,15", "model=tiny,tinny", "train.seed=1,2")
+    assert [problem.key for problem in problems] == ["model", "train.global_batch_size"]
+
+
+def test_layouts_need_no_yaml() -> None:
+    config = config_of("parallel=tp2_pp2_dp2_zero3")
+    assert (config.parallel.tensor_parallel, config.parallel.pipeline_parallel, config.parallel.zero) == (2, 2, 3)
+    assert config.cluster.num_processes == 8
+    assert config_of("parallel=tp4_dp1", "parallel.zero=1").parallel.zero == 1
+
+
+def test_the_verbs_own_section_may_be_left_out() -> None:
+    assert config_of("layouts=[tp2_pp2,dp2_zero3]", "steps=7", verb="parity").parity.steps == 7
+    assert config_of('prompt="1,2"', verb="generate").generate.prompt == "1,2"
+    assert config_of("source=x", verb="prepare").prepare.source == "x"
+
+
+def test_order_of_defaults_group_file_key(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {num_layers: 7, hidden_size: 64}\noptim: {lr: 1e-4}\n")
+    config = config_of(str(file), "model=llama_125m", "model.hidden_size=96")
+    assert (config.model.vocab_size, config.model.num_layers, config.model.hidden_size) == (32000, 7, 96)
+    assert config.optim.lr == 1e-4  # yaml reads 1e-4 as text
+    assert config.train.steps == 1000
+
+
+def test_file_with_its_own_defaults_list(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text("num_layers: 3\n")
+    file = tmp_path / "pretrain.yaml"
+    file.write_text(
+        "defaults: [pretrain, {override /model: mine}, {override /parallel: pp3_dp2}, _self_]\ntrain: {steps: 5}\n"
+    )
+    config = config_of(str(file), "train.global_batch_size=24")
+    assert (config.model.num_layers, config.train.steps, config.data_parallel) == (3, 5, 2)
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: 1\na: 2", "- 1\n- 2", "just text"])
+def test_bad_files(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    _, problems = look(str(tmp_path / "bad.yaml"))
+    assert [problem.rule.split(":")[0].split(" of ")[0] for problem in problems] == ["not a yaml mapping"]
+
+
+def test_file_that_names_an_unknown_group_option(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("defaults: [pretrain, {override /model: tinny}, _self_]\n")
+    _, problems = look(str(tmp_path / "bad.yaml"))
+    assert "cannot compose" in problems[0].rule
+    assert "tinny" in problems[0].rule
+
+
+def test_interpolation_between_keys() -> None:
+    assert config_of("train.run_dir=runs/${optim.lr}").train.run_dir == "runs/0.0003"
+
+
+def test_the_saved_config_of_a_run_is_a_config(tmp_path: Path) -> None:
+    import dataclasses
+
+    import yaml
+
+    config = config_of("model=llama_125m", "parallel=tp2_dp2")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    assert config_of(str(file)) == config
