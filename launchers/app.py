@@ -80,10 +80,6 @@ def _typed(verb: str, composed: Any) -> Any:
     if unresolved + problems:
         raise ConfigError(*unresolved, *problems)
     job = HydraConfig.get()
-    if (
-        job.mode == RunMode.MULTIRUN
-        and isinstance(config, RunConfig)
-        and config.train.run_dir == RunConfig().train.run_dir
-    ):
+    if job.mode == RunMode.MULTIRUN and isinstance(config, RunConfig) and config.train.run_dir == RunConfig().train.run_dir:
         config.train.run_dir = job.runtime.output_dir
     return config

@@ -21,9 +21,7 @@ VERBS = {
 def usage() -> str:
     """The text of `megalm --help`."""
     verbs = "\n".join(f"  {verb:9} {line}" for verb, line in VERBS.items())
-    return (
-        f"usage: megalm VERB [FILE.yaml] [key=value ...]\n\n{verbs}\n\nmegalm VERB --help shows the options of a verb."
-    )
+    return f"usage: megalm VERB [FILE.yaml] [key=value ...]\n\n{verbs}\n\nmegalm VERB --help shows the options of a verb."
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from argparse import Namespace
 from collections.abc import Iterable
@@ -28,8 +29,14 @@ from megalm.config.run import ROOTS
 from megalm.errors import Problem
 
 SEARCH_PATH = "pkg://megalm.conf"
-# The run's folder is train.run_dir: Hydra must not make one of its own, nor write a log file where we are.
-HYDRA_SETTINGS = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none")
+# The run's folder is train.run_dir: Hydra must not make one of its own, nor write a log file where we are, nor turn on
+# the chatter of every library (DeepSpeed's probe compilations) by a handler on the root logger.
+HYDRA_SETTINGS = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
 MAX_CHECKED_JOBS = 32  # of a sweep, before it starts; every job is checked again when it runs
 
 
@@ -108,11 +115,13 @@ def plain(composed: Any) -> tuple[dict[str, Any], list[Problem]]:
 def _use_file(command: Command, path: Path) -> None:
     """Makes a yaml file the primary config. Without a defaults list of its own it is laid over the verb's."""
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         rule = f"cannot read this file: {error.strerror}"
         command.problems.append(Problem(str(path), None, rule, fix="name an existing yaml file"))
         return
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except Exception as error:  # PyYAML and OmegaConf raise many kinds, all of them mean this
         command.problems.append(Problem(str(path), None, f"not a yaml mapping: {' '.join(str(error).split())}"))
         return

@@ -23,10 +23,7 @@ def groups(verb: str) -> dict[str, list[str]]:
     conf = files("megalm.conf")
     root = (conf / f"{verb}.yaml").read_text()
     folders = sorted(entry.name for entry in conf.iterdir() if entry.is_dir() and f"- {entry.name}:" in root)
-    return {
-        name: sorted(item.name[:-5] for item in (conf / name).iterdir() if item.name.endswith(".yaml"))
-        for name in folders
-    }
+    return {name: sorted(item.name[:-5] for item in (conf / name).iterdir() if item.name.endswith(".yaml")) for name in folders}
 
 
 def help_text(verb: str) -> str:
@@ -35,7 +32,5 @@ def help_text(verb: str) -> str:
     choices = groups(verb)
     if choices:
         width = max(map(len, choices)) + 1
-        lines += (
-            ["groups"] + [f"  {name + '=':{width}} {' | '.join(options)}" for name, options in choices.items()] + [""]
-        )
+        lines += ["groups"] + [f"  {name + '=':{width}} {' | '.join(options)}" for name, options in choices.items()] + [""]
     return "\n".join(lines + option_lines(ROOTS[verb]))

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 from megalm.config.run import RunConfig
 from megalm.errors import MegalmError
 from megalm.launchers.app import job_arguments, run_verb
-
-MODULE = "megalm.launchers.pretrain"
 
 
 def main() -> None:
@@ -22,26 +19,22 @@ def main() -> None:
 
         if in_worker():
             work(config)
-            return
-        cluster, logs = config.cluster, Path(config.train.run_dir, "logs")
-        arguments = job_arguments(typed, config)
-        start_workers(MODULE, arguments, cluster.num_processes, logs, cluster.port, cluster.threads)
+        else:
+            start_workers("megalm.launchers.pretrain", job_arguments(typed, config), config)
 
     run_verb("pretrain", task)
 
 
 def work(config: RunConfig) -> None:
-    """One rank. Under our own launcher an error becomes a note, which the launcher shows once for all ranks."""
-    from megalm.parallel.workers import note_error
+    """One rank. Under our own launcher an error has become a note, which the launcher shows once for all ranks."""
     from megalm.train.pretrain import pretrain
 
     try:
         pretrain(config)
     except Exception as error:
-        note_error(error)
-        if "MEGALM_LAUNCHER" in os.environ:
-            sys.exit(error.exit_code if isinstance(error, MegalmError) else 1)
-        raise
+        if "MEGALM_LAUNCHER" not in os.environ:
+            raise
+        sys.exit(error.exit_code if isinstance(error, MegalmError) else 1)
 
 
 if __name__ == "__main__":

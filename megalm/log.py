@@ -21,7 +21,7 @@ def open_log(folder: Path) -> None:
     """Also write every message of this rank to `folder/rank-N.log`."""
     global _file
     folder.mkdir(parents=True, exist_ok=True)
-    _file = open(folder / f"rank-{this_rank()}.log", "a", encoding="utf-8", buffering=1)
+    _file = open(folder / f"rank-{this_rank()}.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed in close_log
 
 
 def close_log() -> None:

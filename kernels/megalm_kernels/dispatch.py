@@ -48,7 +48,7 @@ def choose(backend: str = "auto", device_type: str = "cpu") -> list[Choice]:
 
 
 def _pick(operation: str, backend: str, device_type: str) -> tuple[Callable[..., Any], Choice]:
-    passed_over = []
+    passed_over: list[str] = []
     for name in PREFERENCE if backend == "auto" else (backend,):
         implementation = _registry[operation].get(name)
         obstacle = "not written" if implementation is None else implementation.obstacle(device_type)

@@ -22,10 +22,10 @@ def read_box(folder: Path, manifest: Manifest, key: str, offset: tuple[int, ...]
     for piece in manifest.pieces[key]:
         low = [max(a, b) for a, b in zip(offset, piece.offset, strict=True)]
         high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, piece.offset, piece.shape, strict=True)]
-        if any(h <= l for l, h in zip(low, high, strict=True)):
+        if any(end <= begin for begin, end in zip(low, high, strict=True)):
             continue
-        source = tuple(slice(l - b, h - b) for l, h, b in zip(low, high, piece.offset, strict=True))
-        target = tuple(slice(l - a, h - a) for l, h, a in zip(low, high, offset, strict=True))
+        source = tuple(slice(begin - at, end - at) for begin, end, at in zip(low, high, piece.offset, strict=True))
+        target = tuple(slice(begin - at, end - at) for begin, end, at in zip(low, high, offset, strict=True))
         box[target] = read_piece(folder, key, piece)[source]
         covered += box[target].numel()
     if covered != box.numel():

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -161,7 +162,7 @@ def _damaged(path: Path, rule: str) -> CheckpointError:
 
 
 def _crc(tensor: Tensor) -> int:
-    return zlib.crc32(memoryview(tensor.numpy().reshape(-1)).cast("B")) if tensor.numel() else 0
+    return zlib.crc32(tensor.numpy().reshape(-1).view(np.uint8).data)
 
 
 def _sync(path: Path) -> None:

@@ -32,7 +32,9 @@ _BOOLEAN_WORDS = {
     "0": False,
 }
 # Hydra reads these without quotes as text; the look-ahead keeps out what it would read as a number, a boolean or null.
-_PLAIN_TEXT = re.compile(r"(?!(?:true|false|null|[-+]?(?:nan|inf|[\d.][\d_.]*(?:e[-+]?\d+)?))$)[\w./:+%@-]+", re.IGNORECASE)
+_PLAIN_TEXT = re.compile(
+    r"(?!(?:true|false|null|[-+]?(?:nan|inf|[\d.][\d_.]*(?:e[-+]?\d+)?))$)[\w./:+%@-]+", re.IGNORECASE
+)
 
 
 @functools.cache

@@ -31,8 +31,9 @@ def generate_command(config: GenerateConfig) -> None:
     model = load_model(folder, manifest, device)
     prompt = tokenizer.encode(config.prompt)
     check_prompt(prompt, config, model.config)
+    size = sum(p.numel() for p in model.parameters())
     log(
-        f"{folder}: step {manifest.state['step']}, {model.config.architecture} with {sum(p.numel() for p in model.parameters()):,} parameters"
+        f"{folder}: step {manifest.state['step']}, {model.config.architecture} with {size:,} parameters"
     )
     start, count = time.perf_counter(), 0
     for sample in range(config.samples):
@@ -78,11 +79,13 @@ def check_prompt(prompt: list[int], config: GenerateConfig, model: ModelConfig) 
             Problem("generate.tokenizer", config.tokenizer, rule, "", "the tokenizer that the run was trained with")
         )
     room = model.max_seq_length - len(prompt)
+    rule = f"prompt ({len(prompt)} tokens) and continuation must fit model.max_seq_length = {model.max_seq_length}"
+    if room < 1:
+        fix = "a shorter generate.prompt"
+        raise ConfigError(Problem("generate.prompt", f"{config.prompt[:20]!r}...", rule, f"< {model.max_seq_length} tokens", fix))
     if config.max_tokens > room:
-        rule = f"prompt ({len(prompt)} tokens) and continuation must fit model.max_seq_length = {model.max_seq_length}"
-        raise ConfigError(
-            Problem("generate.max_tokens", config.max_tokens, rule, f"<= {room}", f"generate.max_tokens={max(1, room)}")
-        )
+        fix = f"generate.max_tokens={room}"
+        raise ConfigError(Problem("generate.max_tokens", config.max_tokens, rule, f"<= {room}", fix))
 
 
 @torch.no_grad()

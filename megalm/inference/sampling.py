@@ -10,8 +10,8 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) 
     """Logits of the tokens that may be drawn; -inf for the others. logits (B, V); the likeliest token always stays."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(top_k, dim=-1).indices, True)
+        logits = logits.masked_fill(~kept, -torch.inf)  # exactly k, also where logits are equal
     if top_p < 1.0:
         ordered, order = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens

@@ -38,7 +38,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return (total.log() - picked) * counted
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """d loss / d logit = softmax - 1 at the label."""
         softmax, column, elsewhere, counted = ctx.saved_tensors
         here = (~elsewhere).to(softmax.dtype).unsqueeze(-1)

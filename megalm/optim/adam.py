@@ -29,6 +29,7 @@ class AdamW(torch.optim.Optimizer):
                     self._update(parameter, group)
 
     def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

@@ -123,7 +123,7 @@ class PlainEngine(Engine):
             if parameter.dtype == torch.float32:
                 parameter.data = self.weights[name]
             else:
-                parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
+                parameter.grad_dtype = torch.float32
         self.masters = [nn.Parameter(flat) for flat in self.flat_weights]
         self.optimizer = make_optimizer(
             [{"params": [m], "weight_decay": g.weight_decay} for m, g in zip(self.masters, groups, strict=True)]

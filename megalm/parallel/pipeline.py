@@ -25,7 +25,7 @@ def layers_of_stage(stage: int, num_stages: int, num_layers: int) -> range:
 
 
 def apply_stage(model: nn.Module, stage: int, num_stages: int) -> None:
-    """Cut a model down to one stage, in place: drop the other stages' layers, the embedding unless first, the head unless last."""
+    """Cut a model down to one stage, in place: other stages' layers go, the embedding unless first, the head unless last."""
     layers: Any = model.layers
     kept = {str(i) for i in layers_of_stage(stage, num_stages, len(layers))}
     for name in list(layers):

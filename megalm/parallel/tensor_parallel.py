@@ -94,7 +94,7 @@ class _EnterRegion:
         return gather_sequence(y, self.group) if self.sequence_parallel else copy_to_region(y, self.group)
 
 
-def _split(parameter: nn.Parameter, dim: int, topology: Topology) -> nn.Parameter:
+def _split(parameter: Tensor, dim: int, topology: Topology) -> nn.Parameter:
     """An empty parameter of this rank's part of `dim`."""
     shape = list(parameter.shape)
     assert shape[dim] % topology.tensor.size == 0, f"{shape} does not divide by {topology.tensor.size} along {dim}"
@@ -141,4 +141,4 @@ def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], topology: Topo
         if style is not None:
             parent, _, leaf = path.rpartition(".")
             owner = model.get_submodule(parent)
-            setattr(owner, leaf, STYLES[style](getattr(owner, leaf), topology))  # type: ignore[arg-type, operator]
+            setattr(owner, leaf, STYLES[style](getattr(owner, leaf), topology))  # type: ignore[operator]

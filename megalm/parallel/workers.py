@@ -107,9 +107,9 @@ def _first_error(workers: list[subprocess.Popen], failed: list[int], log_dir: Pa
     notes = [json.loads(path.read_text()) for path in log_dir.glob("error-rank-*.json")]
     if not notes:
         tail = _tail(log_dir / f"rank-{failed[0]}.log")
-        code = workers[failed[0]].poll()
+        ended = workers[failed[0]].poll()
         return RunError(
-            Problem(f"rank {failed[0]}", f"ended with exit code {code}", "every worker must run to the end", tail)
+            Problem(f"rank {failed[0]}", f"ended with exit code {ended}", "every worker must run to the end", tail)
         )
     first = min(notes, key=lambda note: note["time"])
     error = RunError(*(Problem(**problem) for problem in first["problems"]))
@@ -122,25 +122,28 @@ def note_error(error: BaseException) -> None:
     folder = os.environ.get("MEGALM_LAUNCHER")
     if folder is None:
         return
-    known = isinstance(error, MegalmError)
-    if not known:
+    if not isinstance(error, MegalmError):
         traceback.print_exception(error)
-    last = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
-    where = f"{last.filename}:{last.lineno}" if last else ""
-    problems = error.problems if isinstance(error, MegalmError) else [
-        Problem(type(error).__name__, str(error).splitlines()[0] if str(error) else "", "an error of megalm itself or its environment",
-                where, f"the whole traceback is in {folder}/rank-{os.environ['RANK']}.log or on the console")
-    ]  # fmt: skip
+        error = _unexpected(error, folder)
     note = {
         "rank": int(os.environ["RANK"]),
         "time": time.time(),
-        "kind": error.kind if isinstance(error, MegalmError) else "error",
-        "exit_code": error.exit_code if isinstance(error, MegalmError) else 1,
-        "problems": [{**vars(p), "value": str(p.value)} for p in problems],
+        "kind": error.kind,
+        "exit_code": error.exit_code,
+        "problems": [{**vars(problem), "value": str(problem.value)} for problem in error.problems],
     }
     path = Path(folder) / f"error-rank-{os.environ['RANK']}.json"
     path.with_suffix(".tmp").write_text(json.dumps(note))
     path.with_suffix(".tmp").rename(path)
+
+
+def _unexpected(error: BaseException, folder: str) -> RunError:
+    """What the launcher shows of an exception that is not a user's mistake: its first line and where it arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"raised at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    first_line = (str(error).splitlines() or [""])[0]
+    fix = f"the traceback is in {folder}/rank-{os.environ['RANK']}.log (of rank 0: above)"
+    return RunError(Problem(type(error).__name__, first_line, "a worker must not fail", where, fix))
 
 
 def _end(workers: list[subprocess.Popen]) -> None:

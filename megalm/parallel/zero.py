@@ -67,7 +67,7 @@ def deepspeed_config(stage: int, precision: torch.dtype, clip: float) -> dict[st
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without its shared memory op: that one is compiled for 70 s at first use and serves inference only."""
+    """DeepSpeed, quiet, and without its shared memory op, which compiles for 70 s at first use and serves inference only."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="deepspeed")
     import deepspeed
@@ -99,7 +99,7 @@ class ZeroEngine(Engine):
             parameter.tensor_model_parallel = shard_of(parameter).dim is not None  # type: ignore[attr-defined]
             parameter.ds_pipe_replicated = name == tied_copy  # type: ignore[attr-defined]
             if self.low_precision:
-                parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
+                parameter.grad_dtype = torch.float32
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         optimizer = make_optimizer(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from megalm.config.run import RunConfig
 from megalm.data.corpus import Corpus
 from megalm.data.loader import Batch, Loader
-from megalm.models.layers import Dropout
 from megalm.models.init import initial_value
+from megalm.models.layers import Dropout
 from megalm.models.plans import PLANS, TIED
 from megalm.models.registry import build_model
 from megalm.objectives.language_modeling import causal_loss

@@ -44,7 +44,7 @@ class Logging(Hook):
         if trainer.topology.rank == 0:
             path = Path(trainer.config.train.run_dir) / "metrics.jsonl"
             _cut_back(path, trainer.state.step)
-            self.file = open(path, "a", encoding="utf-8", buffering=1)
+            self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed in on_end
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         step, device = trainer.state.step, trainer.topology.device
@@ -60,10 +60,10 @@ class Logging(Hook):
         if step % trainer.config.train.log_every == 0 or step == trainer.config.train.steps:
             speed, memory = self.meter.read(), peak_memory_bytes(device)
             record |= {**vars(speed), "memory_bytes": memory, "time": time.time()}
-            mfu = f"  mfu {speed.mfu:.1%}" if speed.mfu is not None else ""
+            flops = f"{speed.tflops_per_rank:.3f} TFLOP/s per rank" + (f"  mfu {speed.mfu:.1%}" if speed.mfu else "")
             log(
                 f"step {step:>6}  loss {loss:.4f}  lr {result.lr:.2e}  grad norm {norm:.3f}  "
-                f"{speed.tokens_per_second:,.0f} tokens/s  {speed.tflops_per_rank:.3f} TFLOP/s per rank{mfu}  {memory / 2**30:.2f} GiB"
+                f"{speed.tokens_per_second:,.0f} tokens/s  {flops}  {memory / 2**30:.2f} GiB"
             )
         self.write(record)
 

@@ -64,7 +64,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
         state = load_checkpoint(source, job.engine, resolved["model"], TIED if config.model.tie_embeddings else {})
         _check_same_data(source, state, corpus)
         log(f"resumed from {source} at step {state.step}")
-    elif topology.rank == 0:
+    if topology.rank == 0:
         (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     _announce(job, choices)
     logging = Logging(build_trackers(config, resolved) if topology.rank == 0 else [])
@@ -87,9 +87,8 @@ def _is_finished(config: RunConfig, source: Path) -> bool:
     state = state_of(read_manifest(source))
     if state.step < config.train.steps and not state.stopped_early:
         return False
-    log(
-        f"already at step {state.step} of {config.train.steps} ({source}); nothing to do. More: train.steps=..., anew: train.run_dir=..."
-    )
+    log(f"already at step {state.step} of {config.train.steps} ({source}); nothing to do")
+    log("to train on: a larger train.steps; to start anew: another train.run_dir")
     return True
 
 

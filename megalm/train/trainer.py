@@ -133,7 +133,7 @@ def check_finite(step: int, result: StepResult) -> tuple[float, float]:
     loss, norm = float(result.loss), float(result.grad_norm)  # sync
     if not (math.isfinite(loss) and math.isfinite(norm)):
         rule = f"loss ({loss}) and gradient norm ({norm}) must stay finite; the last checkpoint is untouched"
-        fix = "a smaller optim.lr, more optim.warmup_steps, or optim.clip=1.0; then run again: it resumes from the last checkpoint"
+        fix = "a smaller optim.lr, more optim.warmup_steps, or optim.clip=1.0; the same command resumes from there"
         raise RunError(Problem(f"step {step}", None, rule, "", fix))
     return loss, norm
 

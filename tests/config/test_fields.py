@@ -20,7 +20,23 @@ def pasted(key: str, value: object) -> object:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "1", "1e-4", "true", "null", "nan", "-inf", "a b", "0.9,0.1,0", 'say "x"', "it's", "[a]", "a=b", "runs/x", "{a: 1}"],
+    [
+        "",
+        "1",
+        "1e-4",
+        "true",
+        "null",
+        "nan",
+        "-inf",
+        "a b",
+        "0.9,0.1,0",
+        'say "x"',
+        "it's",
+        "[a]",
+        "a=b",
+        "runs/x",
+        "{a: 1}",
+    ],
 )
 def test_text_stays_text(value: str) -> None:
     assert pasted("data.path", value) == value
@@ -31,7 +47,12 @@ def test_any_text_stays_itself(value: str) -> None:
     assert pasted("data.path", value) == value
 
 
-@given(st.booleans() | st.integers() | st.floats(allow_nan=False) | st.lists(st.from_regex(r"[a-z][a-z0-9_]*", fullmatch=True)))
+@given(
+    st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.lists(st.from_regex(r"[a-z][a-z0-9_]*", fullmatch=True))
+)
 def test_other_values_stay_themselves(value: object) -> None:
     assert pasted("x.y", value) == value
 

@@ -11,7 +11,8 @@ from megalm.config.run import RunConfig
 
 
 @pytest.mark.parametrize(
-    ("visible", "count"), [("", 0), ("0", 1), ("0,1,2", 3), ("-1", 0), ("0,-1,2", 1), ("GPU-a,GPU-b", 2), ("NoDevFiles", 0)]
+    ("visible", "count"),
+    [("", 0), ("0", 1), ("0,1,2", 3), ("-1", 0), ("0,-1,2", 1), ("GPU-a,GPU-b", 2), ("NoDevFiles", 0)],
 )
 def test_visible_devices(visible: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

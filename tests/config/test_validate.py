@@ -147,7 +147,10 @@ def test_parity_reports_the_base_run_too() -> None:
 
 def _values(field: Any, kind: Any) -> st.SearchStrategy[Any]:
     """Values of the right type, legal and not, near the default and far from it."""
-    numbers = {int: st.integers(-1, 12) | st.integers(0, 20_000), float: st.floats(-1, 2) | st.just(fields.default_of(field))}
+    numbers = {
+        int: st.integers(-1, 12) | st.integers(0, 20_000),
+        float: st.floats(-1, 2) | st.just(fields.default_of(field)),
+    }
     texts = st.sampled_from(["1,0,0", "0.9,0.1,0", "x", *(field.metadata["allowed"] or ["y"])])
     return {bool: st.booleans(), str: texts, **numbers}[kind]
 

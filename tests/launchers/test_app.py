@@ -31,7 +31,11 @@ def app(tmp_path: Path) -> App:
 
 
 def test_task_gets_the_typed_config(app: App) -> None:
-    run = app("print(type(config).__name__, config.optim.lr, config.cluster.num_processes)", "optim.lr=1e-2", "parallel=tp2_dp2")
+    run = app(
+        "print(type(config).__name__, config.optim.lr, config.cluster.num_processes)",
+        "optim.lr=1e-2",
+        "parallel=tp2_dp2",
+    )
     assert (run.returncode, run.stdout) == (0, "RunConfig 0.01 4\n"), run.stderr
 
 
@@ -69,8 +73,9 @@ def test_a_faulty_config_is_printed_by_one_rank(app: App) -> None:
 def test_sweep_gives_each_job_its_folder_and_its_arguments(app: App) -> None:
     task = "print(config.optim.lr, os.path.basename(config.train.run_dir), *job_arguments(typed, config)[:-1])"
     run = app(task, "-m", "optim.lr=1e-3,3e-4", "train.steps=5")
-    lines = [line for line in run.stdout.splitlines() if "HYDRA" not in line]
-    assert lines == ["0.001 0 optim.lr=0.001 train.steps=5", "0.0003 1 optim.lr=0.0003 train.steps=5"], run.stderr
+    assert run.stdout.splitlines() == ["0.001 0 optim.lr=0.001 train.steps=5", "0.0003 1 optim.lr=0.0003 train.steps=5"], (
+        run.stderr
+    )
 
 
 def test_a_worker_composes_the_same_config_again(app: App, tmp_path: Path) -> None:
@@ -86,3 +91,8 @@ def test_hydras_own_options_work(app: App) -> None:
     run = app("print('ran')", "--cfg", "job", "model=tiny_gpt")
     assert "architecture: gpt" in run.stdout
     assert "ran" not in run.stdout
+
+
+def test_chatter_of_libraries_stays_off(app: App) -> None:
+    run = app("import logging; logging.getLogger('library').info('compiling'); print('done')")
+    assert (run.stdout, run.stderr) == ("done\n", "")

@@ -63,7 +63,8 @@ def test_every_verb_has_help_and_refuses_an_unknown_key(verb: str, megalm: Megal
 
 @pytest.mark.parametrize("command", [["pretrain"], ["check", "pretrain"]])
 @pytest.mark.parametrize(
-    ("argument", "hint"), [("model.hiden_size=3", "did you mean model.hidden_size?"), ("model=tinny", "did you mean model=tiny?")]
+    ("argument", "hint"),
+    [("model.hiden_size=3", "did you mean model.hidden_size?"), ("model=tinny", "did you mean model=tiny?")],
 )
 def test_mistakes_end_with_2_and_a_hint(command: list[str], argument: str, hint: str, megalm: Megalm) -> None:
     run = megalm(*command, argument)

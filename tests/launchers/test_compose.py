@@ -96,14 +96,12 @@ def test_file_with_its_own_defaults_list(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/mine.yaml").write_text("num_layers: 3\n")
     file = tmp_path / "pretrain.yaml"
-    file.write_text(
-        "defaults: [pretrain, {override /model: mine}, {override /parallel: pp3_dp2}, _self_]\ntrain: {steps: 5}\n"
-    )
+    file.write_text("defaults: [pretrain, {override /model: mine}, {override /parallel: pp3_dp2}, _self_]\ntrain: {steps: 5}\n")
     config = config_of(str(file), "train.global_batch_size=24")
     assert (config.model.num_layers, config.train.steps, config.data_parallel) == (3, 5, 2)
 
 
-@pytest.mark.parametrize("text", ["a: [", "a: 1\na: 2", "- 1\n- 2", "just text"])
+@pytest.mark.parametrize("text", ["a: [", "a: 1\na: 2", "- 1\n- 2", "42"])
 def test_bad_files(text: str, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     _, problems = look(str(tmp_path / "bad.yaml"))

@@ -34,7 +34,8 @@ def test_roots_compose(verb: str) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_options_compose(file: Path) -> None:
-    compose("pretrain", f"{file.parent}={file.name}", "train.global_batch_size=64")
+    model = ["model=llama_7b"] if file.parent.name == "parallel" else []
+    compose("pretrain", *model, f"{file.parent}={file.name}")
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "parallel").glob("*.yaml")), ids=lambda path: path.stem)

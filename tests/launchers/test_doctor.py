@@ -43,7 +43,12 @@ def test_command(megalm: Megalm) -> None:
 
 def test_table_shows_the_mend() -> None:
     text = render([Row("a", "ok", "fine"), Row("bb", "missing", "gone", "pip install bb")])
-    assert text.splitlines() == ["ok      a   fine", "missing bb  gone", "            -> pip install bb", "1 ok, 0 warn, 1 missing"]
+    assert text.splitlines() == [
+        "ok      a   fine",
+        "missing bb  gone",
+        "            -> pip install bb",
+        "1 ok, 0 warn, 1 missing",
+    ]
 
 
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,65 @@
+"""Every row of a plan fits a module, and no module that must be split is forgotten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from megalm.config.model import ModelConfig
+from megalm.models.layers import Dropout, LayerNorm, OnSequenceSlice, RMSNorm
+from megalm.models.plans import PLANS, TIED
+from megalm.models.registry import MODELS, build_model
+from megalm.parallel.tensor_parallel import STYLES
+
+EXPECTED = {nn.Linear: {"column", "row"}, nn.Embedding: {"vocab"}, RMSNorm: {"norm"}, LayerNorm: {"norm"}, Dropout: {"sequence"}}
+
+
+def styles(architecture: str) -> dict[str, tuple[nn.Module, list[str]]]:
+    """Module path -> module and the styles of the rows that match it."""
+    with torch.device("meta"):
+        model = build_model(ModelConfig(architecture, num_layers=2))
+    plan = PLANS[architecture]
+    return {
+        path: (module, [style for end, style in plan.items() if path == end or path.endswith("." + end)])
+        for path, module in model.named_modules()
+    }
+
+
+def test_every_model_has_a_plan_of_known_styles() -> None:
+    assert set(PLANS) == set(MODELS)
+    assert {style for plan in PLANS.values() for style in plan.values()} <= set(STYLES)
+
+
+@pytest.mark.parametrize("architecture", PLANS)
+def test_every_module_with_weights_or_positions_has_its_style(architecture: str) -> None:
+    for path, (module, found) in styles(architecture).items():
+        if type(module) in EXPECTED or isinstance(module, OnSequenceSlice):
+            assert len(found) == 1, f"{path}: {found}"
+            assert found[0] in EXPECTED.get(type(module), {"sequence"}), path
+        elif list(module.parameters(recurse=False)):
+            assert found, path
+        else:
+            assert not found, f"{path}: only modules that do something themselves are in a plan"
+
+
+@pytest.mark.parametrize("architecture", PLANS)
+def test_every_row_matches_a_module(architecture: str) -> None:
+    for end in PLANS[architecture]:
+        assert any(path == end or path.endswith("." + end) for path in styles(architecture)), end
+
+
+@pytest.mark.parametrize("architecture", PLANS)
+def test_the_residual_stream_comes_whole_out_of_every_region(architecture: str) -> None:
+    """Between a norm (f) and the row parallel layer that ends the region (g) there are only column parallel ones."""
+    plan = PLANS[architecture]
+    assert plan["attention.out"] == plan["mlp.down"] == "row"
+    assert {plan[f"attention.{p}"] for p in "qkv"} == {plan["mlp.up"]} == {"column"}
+
+
+@pytest.mark.parametrize("architecture", PLANS)
+def test_tied_names_exist(architecture: str) -> None:
+    model = build_model(ModelConfig(architecture, hidden_size=8, num_layers=1))
+    names = dict(model.named_parameters())
+    for copy, original in TIED.items():
+        assert names[copy].shape == names[original].shape

@@ -1,0 +1,118 @@
+"""What the tests of the cluster share: small configurations, a topology without processes, and a short training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalm.config.model import ModelConfig
+from megalm.config.optim import OptimConfig
+from megalm.config.parallel import ParallelConfig
+from megalm.config.run import RunConfig
+from megalm.config.train import TrainConfig
+from megalm.objectives.language_modeling import causal_loss
+from megalm.parallel.engine import Engine
+from megalm.parallel.pipeline import PipelineExecutor
+from megalm.parallel.schedules import SCHEDULES
+from megalm.parallel.tensor_parallel import local_slice
+from megalm.parallel.topology import Group, Topology, build_topology
+from megalm.train.build import DTYPES, build_engine, build_stage
+
+SEQ_LENGTH, VOCAB = 8, 32
+LR = 1e-2
+
+
+def alone() -> Topology:
+    """One rank, no process group."""
+    one = Group((0,), 0)
+    return Topology(0, 1, torch.device("cpu"), one, one, one, one, one)
+
+
+def tiny_config(
+    architecture: str = "llama", tied: bool = False, layers: int = 2, precision: str = "fp32", batch: int = 8, **parallel
+) -> RunConfig:
+    """Grouped-query heads that divide by 4, clipping that bites, and weights large enough that every gradient counts."""
+    shape = {"vocab_size": VOCAB, "hidden_size": 32, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 48}
+    return RunConfig(
+        model=ModelConfig(
+            architecture=architecture, num_layers=layers, tie_embeddings=tied, init_std=0.2, max_seq_length=16, **shape
+        ),
+        parallel=ParallelConfig(**parallel),
+        optim=OptimConfig(clip=0.5, weight_decay=0.1),
+        train=TrainConfig(global_batch_size=batch, micro_batch_size=1, precision=precision),
+    )
+
+
+def whole_model(config: RunConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of one rank."""
+    return build_stage(config, alone(), 0, 1, dtype)
+
+
+def samples(step: int, count: int) -> Tensor:
+    """The tokens of one global batch, (count, S + 1) int64."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(VOCAB, (count, SEQ_LENGTH + 1), generator=generator)
+
+
+def loss_of(model: nn.Module, tokens: Tensor, topology: Topology, divisor: float = 1.0) -> Tensor:
+    """Sum over the tokens / divisor. tokens (B, S + 1)."""
+    return causal_loss(model(tokens[:, :-1]), tokens[:, 1:], topology.tensor) / divisor
+
+
+@dataclass
+class Trained:
+    """What a short run leaves behind on one rank."""
+
+    losses: list[float]
+    norms: list[float]
+    engine: Engine
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: self.engine.read(name, "weight").clone() for name in self.engine.parameters}
+
+
+def train(config: RunConfig, topology: Topology | None = None, steps: int = 3) -> Trained:
+    """`steps` optimizer steps on the layout of `config`. Collective; `topology` is made from the config if not given."""
+    topology = topology or build_topology(config.parallel, torch.device("cpu"))
+    size, dtype = topology.pipeline.size, DTYPES[config.train.precision]
+    stages = size * config.parallel.chunks
+    chunks = nn.ModuleList(
+        build_stage(config, topology, chunk * size + topology.pipeline.rank, stages, dtype)
+        for chunk in range(config.parallel.chunks)
+    )
+    engine = build_engine(config, topology, chunks)
+    microbatches = config.train.global_batch_size // topology.data.size
+    schedule = SCHEDULES[config.parallel.schedule](size, microbatches, config.parallel.chunks)
+    split = topology.tensor.size if topology.sequence_parallel else 1
+    hidden_shape = (1, SEQ_LENGTH // split, config.model.hidden_size)
+    executor = PipelineExecutor(schedule, topology.pipeline, hidden_shape, dtype, topology.device)
+    trained = Trained([], [], engine)
+    for step in range(steps):
+        batch = samples(step, config.train.global_batch_size).chunk(topology.data.size)[topology.data.rank]
+        divisor, losses = config.train.global_batch_size * SEQ_LENGTH, list[Tensor]()
+
+        def forward(stage: int, microbatch: int, hidden: Tensor | None, batch=batch, losses=losses) -> Tensor:
+            tokens = batch[microbatch : microbatch + 1]
+            y = chunks[stage // size](tokens[:, :-1] if hidden is None else hidden, torch.arange(SEQ_LENGTH))
+            if stage < stages - 1:
+                return y
+            losses.append(causal_loss(y, tokens[:, 1:], topology.tensor) / divisor)
+            return engine.scale_loss(losses[-1])
+
+        with engine.accumulate():
+            executor.run(forward)
+        trained.norms.append(engine.step(LR).item())
+        trained.losses.append(sum(loss.item() for loss in losses))
+    return trained
+
+
+def difference_from_whole(trained: Trained, whole: dict[str, Tensor]) -> float:
+    """Largest difference of this rank's weights from its slices of the whole model's."""
+    weights, engine = trained.weights(), trained.engine
+    return max(
+        (value - local_slice(engine.parameters[name], engine.shapes[name], whole[name])).abs().max().item()
+        for name, value in weights.items()
+        if name != engine.tied_copy
+    )
