@@ -15,9 +15,10 @@ def main() -> None:
     typed = sys.argv[1:]  # before run_verb puts Hydra's view of them there
 
     def task(config: RunConfig) -> None:
+        from megalm.config.machine import processes
         from megalm.parallel.workers import in_worker, start_workers
 
-        if in_worker():
+        if in_worker() or processes(config) == 1:  # one rank needs no processes of its own
             work(config)
         else:
             start_workers("megalm.launchers.pretrain", job_arguments(typed, config), config)

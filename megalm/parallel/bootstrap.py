@@ -68,6 +68,8 @@ def start_process_group(config: ClusterConfig) -> torch.device:
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if config.threads:
+        torch.set_num_threads(config.threads)
     timeout = timedelta(seconds=config.timeout_seconds)
     store = dist.PrefixStore(f"attempt-{place.attempt}", _open_store(place, timeout))
     dist.init_process_group(

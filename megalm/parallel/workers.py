@@ -112,6 +112,7 @@ def _first_error(workers: list[subprocess.Popen], failed: list[int], log_dir: Pa
             Problem(f"rank {failed[0]}", f"ended with exit code {ended}", "every worker must run to the end", tail)
         )
     first = min(notes, key=lambda note: note["time"])
+    sys.stderr.write(first["traceback"])  # empty for a user's mistake
     error = RunError(*(Problem(**problem) for problem in first["problems"]))
     error.kind, error.exit_code = f"{first['kind']} on rank {first['rank']}", first["exit_code"]
     return error
@@ -122,10 +123,12 @@ def note_error(error: BaseException) -> None:
     folder = os.environ.get("MEGALM_LAUNCHER")
     if folder is None:
         return
+    trace = ""
     if not isinstance(error, MegalmError):
-        traceback.print_exception(error)
+        trace = "".join(traceback.format_exception(error))
         error = _unexpected(error, folder)
     note = {
+        "traceback": trace,
         "rank": int(os.environ["RANK"]),
         "time": time.time(),
         "kind": error.kind,
@@ -142,7 +145,7 @@ def _unexpected(error: BaseException, folder: str) -> RunError:
     frames = traceback.extract_tb(error.__traceback__)
     where = f"raised at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     first_line = (str(error).splitlines() or [""])[0]
-    fix = f"the traceback is in {folder}/rank-{os.environ['RANK']}.log (of rank 0: above)"
+    fix = f"read the traceback above; {folder} holds each rank's log"
     return RunError(Problem(type(error).__name__, first_line, "a worker must not fail", where, fix))
 
 

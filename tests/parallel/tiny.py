@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,9 @@ from megalm.config.parallel import ParallelConfig
 from megalm.config.run import RunConfig
 from megalm.config.train import TrainConfig
 from megalm.objectives.language_modeling import causal_loss
-from megalm.parallel.engine import Engine
+from megalm.optim.adam import build_optimizer
+from megalm.optim.groups import build_groups
+from megalm.parallel.engine import MOMENTS, WEIGHT, Engine, ParameterGroup
 from megalm.parallel.pipeline import PipelineExecutor
 from megalm.parallel.schedules import SCHEDULES
 from megalm.parallel.tensor_parallel import local_slice
@@ -40,7 +43,8 @@ def tiny_config(
             architecture=architecture, num_layers=layers, tie_embeddings=tied, init_std=0.2, max_seq_length=16, **shape
         ),
         parallel=ParallelConfig(**parallel),
-        optim=OptimConfig(clip=0.5, weight_decay=0.1),
+        # A large eps: Adam would turn the last bit of a gradient that is nearly zero into a whole step.
+        optim=OptimConfig(clip=0.5, weight_decay=0.1, eps=1e-3),
         train=TrainConfig(global_batch_size=batch, micro_batch_size=1, precision=precision),
     )
 
@@ -116,3 +120,63 @@ def difference_from_whole(trained: Trained, whole: dict[str, Tensor]) -> float:
         for name, value in weights.items()
         if name != engine.tied_copy
     )
+
+
+# --- a model without parallelism, for the engines alone ---------------------------------------------------------------
+
+TOY_SAMPLES, TOY_MICROBATCHES = 12, 3
+
+
+class Toy(nn.Module):
+    """Sizes are odd, so that no buffer divides by the number of ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(x)))
+
+
+def toy_groups(model: nn.Module) -> list[ParameterGroup]:
+    """Matrices decay, the rest does not, in an order that is not the model's."""
+    return [group for group in reversed(build_groups(dict(model.named_parameters()), 0.1)) if group.parameters]
+
+
+def adamw(param_groups: list[dict]) -> torch.optim.Optimizer:
+    return build_optimizer(param_groups, OptimConfig())
+
+
+def toy_losses(model: nn.Module, step: int, dtype: torch.dtype, rank: int = 0, size: int = 1) -> Iterator[Tensor]:
+    """The loss of each of this rank's microbatches: over all ranks they add up to the mean over the global batch."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(TOY_SAMPLES, 5, generator=generator).to(dtype)
+    for part in x.chunk(size)[rank].chunk(TOY_MICROBATCHES):
+        yield model(part).float().square().sum() / TOY_SAMPLES
+
+
+def toy_step(engine: Engine, model: nn.Module, step: int) -> tuple[float, float]:
+    """One optimizer step: this rank's share of the loss, and the global norm."""
+    total, data = 0.0, engine.topology.data
+    dtype = next(iter(engine.parameters.values())).dtype
+    with engine.accumulate():
+        for loss in toy_losses(model, step, dtype, data.rank, data.size):
+            engine.scale_loss(loss).backward()
+            total += loss.item()
+    return total, engine.step(LR).item()
+
+
+def state_of(engine: Engine) -> dict[tuple[str, str], Tensor]:
+    """Everything a checkpoint reads."""
+    return {(n, k): engine.read(n, k).clone() for n in engine.parameters for k in (WEIGHT, *MOMENTS)}
+
+
+def load_state(engine: Engine, state: dict[tuple[str, str], Tensor], steps_done: int) -> None:
+    engine.prepare_load(steps_done)
+    for (name, kind), value in state.items():
+        engine.write(name, kind, value)
+    engine.finish_load()

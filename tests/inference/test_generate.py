@@ -1,0 +1,179 @@
+"""Generation: the cache changes nothing, the seed everything, and each mistake has its message."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalm.checkpoint.sharded import publish, read_manifest, write_manifest, write_pieces
+from megalm.checkpoint.state import RunState, save_checkpoint
+from megalm.config.data import DataConfig
+from megalm.config.model import ModelConfig
+from megalm.config.parallel import ParallelConfig
+from megalm.config.run import RunConfig
+from megalm.config.tasks import GenerateConfig
+from megalm.data.tokenizer import Tokenizer
+from megalm.errors import CheckpointError, ConfigError, DataError
+from megalm.inference.generate import check_prompt, find_tokenizer, generate, generate_command, load_model
+from megalm.inference.sampling import draw_token
+from megalm.models.decoder import Decoder
+from megalm.models.init import initial_value
+from megalm.models.registry import build_model
+from megalm.parallel.topology import build_topology
+from megalm.testing import run_distributed
+from megalm.train.build import build_engine, build_stage
+
+VOCAB, NO_END = 260, -1
+
+
+def shape(architecture: str, tied: bool = False) -> ModelConfig:
+    return ModelConfig(architecture, VOCAB, 16, 2, 4, 0 if architecture == "gpt" else 2, max_seq_length=32, tie_embeddings=tied)
+
+
+def fresh(architecture: str, tied: bool = False) -> Decoder:
+    """A model with the weights of step 0."""
+    config = shape(architecture, tied)
+    model = build_model(config)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(initial_value(name, tuple(parameter.shape), config, 1234))
+    return model.eval().requires_grad_(False)
+
+
+def sharp(architecture: str) -> Decoder:
+    """A model whose choices depend on the context: weights ten times as large."""
+    model = fresh(architecture)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(10)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    Tokenizer.train(["def f(x): return x\n"] * 5, VOCAB).save(path)
+    return path
+
+
+def save(root: Path, architecture: str, data: DataConfig | None = None, tied: bool = False) -> Path:
+    """A run folder with a checkpoint as one process writes it."""
+    config = asdict(RunConfig(model=shape(architecture, tied), data=data or DataConfig()))
+    temporary = root / "checkpoints" / ".tmp"
+    temporary.mkdir(parents=True)
+    weights = dict(fresh(architecture, tied).named_parameters())
+    write_pieces(temporary, 0, {f"weight/{n}": (p, tuple(p.shape), (0,) * p.dim()) for n, p in weights.items()})
+    write_manifest(temporary, asdict(RunState()), config)
+    publish(temporary, root / "checkpoints" / "step-00000000")
+    return root
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "llama"])
+@pytest.mark.parametrize("greedy", [True, False])
+def test_the_cache_changes_nothing(architecture: str, greedy: bool) -> None:
+    """Token by token equal to running the whole sequence again for each."""
+    model, config = sharp(architecture), GenerateConfig(max_tokens=20, greedy=greedy, temperature=0.7, top_k=50, top_p=0.9)
+    prompt = [5, 9, 200, 3]
+    found, generator, tokens = list(generate(model, prompt, config, 11, NO_END)), torch.Generator().manual_seed(11), prompt
+    for _ in range(20):
+        logits = model(torch.tensor([tokens]))[:, -1]
+        tokens = [*tokens, int(draw_token(logits, greedy, 0.7, 50, 0.9, generator))]
+    assert found == tokens[4:]
+    assert len(set(found)) > 5, "a model that repeats itself would hide a fault of the cache"
+
+
+def test_the_seed_decides() -> None:
+    model, config = sharp("llama"), GenerateConfig(max_tokens=10, temperature=1.5)
+    runs = [list(generate(model, [1, 2], config, seed, NO_END)) for seed in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_it_stops_at_the_end_of_the_document() -> None:
+    model, config = sharp("llama"), GenerateConfig(max_tokens=12, greedy=True)
+    tokens = list(generate(model, [1, 2], config, 0, NO_END))
+    end = tokens[6]
+    assert list(generate(model, [1, 2], config, 0, end)) == tokens[: tokens.index(end)]
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "llama"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_loaded_is_what_was_saved(architecture: str, tied: bool, tmp_path: Path) -> None:
+    folder = save(tmp_path, architecture, tied=tied) / "checkpoints" / "step-00000000"
+    model, expected, tokens = load_model(folder, read_manifest(folder), torch.device("cpu")), fresh(architecture, tied), torch.arange(9)
+    assert torch.equal(model(tokens[None]), expected(tokens[None]))
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert (model.head.weight is model.embedding.weight) is tied
+
+
+def write_split(rank: int, world_size: int, root: str, tied: bool) -> None:
+    parallel = ParallelConfig(tensor_parallel=2, sequence_parallel=True)
+    config = RunConfig(model=shape("llama", tied), parallel=parallel)
+    topology = build_topology(parallel, torch.device("cpu"))
+    stage = build_stage(config, topology, 0, 1, torch.float32)
+    engine = build_engine(config, topology, torch.nn.ModuleList([stage]))
+    dist.barrier()
+    save_checkpoint(Path(root), engine, RunState(), asdict(config), 0)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_process_generates_from_what_two_tensor_parallel_ones_wrote(
+    tied: bool, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run_distributed(write_split, 2, str(tmp_path / "two" / "checkpoints"), tied)
+    save(tmp_path / "one", "llama", tied=tied)
+    texts = []
+    for run in ("one", "two"):
+        config = GenerateConfig(str(tmp_path / run), str(tokenizer), "def f", 24, samples=2, temperature=1.2, seed=5)
+        generate_command(config)
+        lines = capsys.readouterr().out.split("\n", 1)[1]
+        texts.append(lines.rsplit("---", 1)[0])
+    assert texts[0] == texts[1]
+    assert texts[0].count("def f") >= 2 and "--- sample 2" in texts[0]
+    one, two = texts[0].split("--- sample 2\n")
+    assert one.removeprefix("--- sample 1\n").strip() != two.strip(), "each sample has a seed of its own"
+
+
+def test_it_finds_the_tokenizer_of_the_run(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture) -> None:
+    run = save(tmp_path / "a", "gpt", DataConfig(path=str(tokenizer.parent / "corpus")))
+    generate_command(GenerateConfig(str(run), "", "def ", 3))
+    named = save(tmp_path / "b", "gpt", DataConfig(path="elsewhere/corpus", tokenizer=str(tokenizer)))
+    generate_command(GenerateConfig(str(named), "", "def ", 3))
+    assert capsys.readouterr().out.count("def ") == 2
+
+
+def test_missing_tokenizer(tmp_path: Path) -> None:
+    folder = save(tmp_path, "gpt", DataConfig(path=str(tmp_path / "corpus"))) / "checkpoints" / "step-00000000"
+    with pytest.raises(DataError, match="which is not there") as caught:
+        find_tokenizer(GenerateConfig(), read_manifest(folder))
+    assert str(tmp_path / "tokenizer.json") in str(caught.value) and "generate.tokenizer=" in str(caught.value)
+
+
+def test_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="train first"):
+        generate_command(GenerateConfig(str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "key", "fix"),
+    [
+        ([], 4, "generate.prompt", "generate.prompt='def '"),
+        ([3, VOCAB], 4, "generate.tokenizer", "the tokenizer that the run was trained with"),
+        ([3] * 30, 3, "generate.max_tokens", "generate.max_tokens=2"),
+        ([3] * 32, 1, "generate.prompt", "a shorter generate.prompt"),
+        ([3] * 40, 1, "generate.prompt", "a shorter generate.prompt"),
+    ],
+)
+def test_prompts_that_cannot_be(prompt: list[int], max_tokens: int, key: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_prompt(prompt, GenerateConfig(max_tokens=max_tokens), shape("gpt"))
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.fix) == (key, fix)
+
+
+def test_prompts_that_just_fit() -> None:
+    check_prompt([VOCAB - 1] * 30, GenerateConfig(max_tokens=2), shape("gpt"))
+    assert len(list(generate(sharp("gpt"), [1] * 30, GenerateConfig(max_tokens=2, greedy=True), 0, NO_END))) == 2
