@@ -24,10 +24,15 @@ def run_verb(verb: str, task: Task) -> None:
 
 
 def fail(error: MegalmError) -> NoReturn:
-    """Prints the error, exits with its code. A faulty config is the same on all ranks: one prints it."""
+    """Prints the error, exits with its code."""
+    _report(error)
+    sys.exit(error.exit_code)
+
+
+def _report(error: MegalmError) -> None:
+    """A faulty config is the same on all ranks: one prints it."""
     if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
         print(error, file=sys.stderr, flush=True)
-    sys.exit(error.exit_code)
 
 
 def job_arguments(typed: list[str], config: Any) -> list[str]:
@@ -57,12 +62,21 @@ def _run(verb: str, task: Task) -> None:
         if problems:
             raise ConfigError(*problems)
 
+    failures: list[MegalmError] = []
+
     def job(composed: Any) -> Any:
-        return task(_typed(verb, composed))
+        try:
+            return task(_typed(verb, composed))
+        except MegalmError as error:  # Hydra would add a line of its own; the other jobs of a sweep go on
+            _report(error)
+            failures.append(error)
+            return None
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # what is left to fail is a mistake of ours: show all of it
     sys.argv[1:] = [*command.argv, *HYDRA_SETTINGS, f"hydra.job.name={verb}"]
     hydra.main(version_base="1.3", config_path=SEARCH_PATH, config_name=verb)(job)()
+    if failures:
+        sys.exit(failures[0].exit_code)
 
 
 def _typed(verb: str, composed: Any) -> Any:

@@ -16,8 +16,11 @@ def main() -> None:
 
     def task(config: RunConfig) -> None:
         from megalm.config.machine import processes
+        from megalm.data.corpus import open_corpus
         from megalm.parallel.workers import in_worker, start_workers
 
+        if not in_worker():
+            open_corpus(config.data, config.model.vocab_size)  # before anything is started or written
         if in_worker() or processes(config) == 1:  # one rank needs no processes of its own
             work(config)
         else:

@@ -55,7 +55,7 @@ main() {
      $enter
      megalm generate generate.checkpoint=$RUN generate.prompt="class Reader:" generate.temperature=0.6
      megalm pretrain experiment=quickstart train.run_dir=runs/two parallel=pp2     the same model as a pipeline
-     megalm pretrain experiment=quickstart train.run_dir=$RUN train.steps=1000     train on from where it stopped
+     megalm pretrain experiment=quickstart train.run_dir=$RUN train.steps=1000     train on, along a longer cosine
      megalm parity 'parity.layouts=[tp2,pp2]'                                      prove that layouts agree
      megalm prepare prepare.source=FOLDER prepare.output=data/mine                 your own text
      megalm pretrain --help                                                        every setting

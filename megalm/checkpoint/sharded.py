@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -66,7 +67,9 @@ def write_pieces(folder: Path, rank: int, tensors: dict[str, tuple[Tensor, tuple
         }
         for key, (_, shape, offset) in tensors.items()
     ]
-    (folder / f"rank-{rank:05d}.json").write_text(json.dumps(notes))
+    note = folder / f"rank-{rank:05d}.json"
+    note.write_text(json.dumps(notes))
+    shutil.copymode(note, folder / name)  # safetensors lets only its owner read a file
     _sync(folder / name)
 
 
@@ -79,15 +82,14 @@ def write_manifest(folder: Path, state: dict[str, Any], config: dict[str, Any]) 
             manifest.pieces.setdefault(note["key"], []).append(note["piece"])
         note_file.unlink()
     content = {"format": FORMAT, **vars(manifest)}
-    text = json.dumps(content, indent=1, sort_keys=True)
-    (folder / MANIFEST).write_text(json.dumps({"crc32": zlib.crc32(text.encode())}) + "\n" + text + "\n")
+    (folder / MANIFEST).write_text(json.dumps({"crc32": _text_crc(content), "manifest": content}, indent=1) + "\n")
     _sync(folder / MANIFEST)
 
 
 def publish(temporary: Path, folder: Path) -> None:
     """Give a complete checkpoint its name, then point `latest` at it."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    if folder.exists():  # of a run that went back to an earlier one; `latest` does not name it
+        _remove(folder)
     os.replace(temporary, folder)
     pointer = folder.parent / (LATEST + ".tmp")
     pointer.write_text(folder.name + "\n")
@@ -102,7 +104,14 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(leftover)
     complete = sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
     for old in complete[:-keep] if keep else []:
-        shutil.rmtree(old)
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint. It loses its name first: a half deleted one must not look complete."""
+    nameless = folder.with_name(f".{folder.name}.old")
+    os.replace(folder, nameless)
+    shutil.rmtree(nameless)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -111,20 +120,29 @@ def find_checkpoint(path: Path) -> Path:
         return path
     for folder in (path, path / "checkpoints"):
         if (folder / LATEST).is_file():
-            return folder / (folder / LATEST).read_text().strip()
+            return _named_by(folder / LATEST)
     rule = f"a checkpoint folder (with {MANIFEST}) or a run folder with checkpoints/{LATEST}"
     raise CheckpointError(
         Problem("checkpoint", path, rule, "", "train first: megalm pretrain train.run_dir=" + str(path))
     )
 
 
+def _named_by(pointer: Path) -> Path:
+    """The checkpoint that a `latest` file names. Raises CheckpointError if that is none."""
+    name = pointer.read_text(errors="replace").strip()
+    if not re.fullmatch(r"step-\d+", name) or not (pointer.parent / name / MANIFEST).is_file():
+        fix = f"write the name of one of the folders beside it into {pointer}"
+        raise CheckpointError(Problem(str(pointer), repr(name), "must name a complete checkpoint", "step-NNNNNNNN", fix))
+    return pointer.parent / name
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest. Raises CheckpointError if it is missing, damaged or of another format."""
     path = folder / MANIFEST
     try:
-        head, _, text = path.read_text().partition("\n")
-        intact = json.loads(head)["crc32"] == zlib.crc32(text.removesuffix("\n").encode())
-        content = json.loads(text)
+        envelope = json.loads(path.read_text())
+        content = envelope["manifest"]
+        intact = envelope["crc32"] == _text_crc(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"must be readable: {error}") from error
     if not intact:
@@ -159,6 +177,11 @@ def read_piece(folder: Path, key: str, piece: Piece) -> Tensor:
 def _damaged(path: Path, rule: str) -> CheckpointError:
     fix = f"use another checkpoint (checkpoint.load=...), or restore {path.parent.name} from a copy"
     return CheckpointError(Problem(str(path), None, rule, "", fix))
+
+
+def _text_crc(content: dict[str, Any]) -> int:
+    """CRC-32 of the content as JSON in its shortest form with sorted keys: white space in the file does not count."""
+    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _crc(tensor: Tensor) -> int:

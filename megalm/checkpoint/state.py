@@ -31,7 +31,7 @@ class RunState:
     step: int = 0  # optimizer steps done
     consumed_samples: int = 0
     consumed_tokens: int = 0
-    best_valid_loss: float = float("inf")
+    best_valid_loss: float | None = None  # none yet
     evaluations_without_gain: int = 0
     data_fingerprint: str = ""
     stopped_early: bool = False

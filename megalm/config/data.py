@@ -30,7 +30,7 @@ class PrepareConfig:
         "`stdlib` (the Python standard library's own sources), or a file or folder of .txt, .md, .py or .jsonl",
     )
     output: str = knob("data/stdlib", "folder for tokenizer.json, corpus.bin, corpus.idx and manifest.json")
-    vocab_size: int = knob(4096, "tokens of the byte-level BPE that is trained here", minimum=258)
+    vocab_size: int = knob(2048, "tokens of the byte-level BPE that is trained here", minimum=258)
     tokenizer: str = knob("", "an existing tokenizer.json to use; empty: train one on the corpus")
     json_key: str = knob("text", "field that holds the text in .jsonl files")
     overwrite: bool = knob(False, "make it anew even if the output is complete and of the same inputs")

@@ -16,7 +16,7 @@ class ModelConfig:
     architecture: str = knob(
         "llama", "gpt: learned positions, LayerNorm, GELU; llama: RoPE, RMSNorm, SwiGLU, GQA", allowed=ARCHITECTURES
     )
-    vocab_size: int = knob(4096, "rows of the embedding; at least the tokenizer's size", minimum=2)
+    vocab_size: int = knob(2048, "rows of the embedding; at least the tokenizer's size", minimum=2)
     hidden_size: int = knob(128, "width of the residual stream (E)", minimum=1)
     num_layers: int = knob(4, "transformer blocks", minimum=1)
     num_heads: int = knob(4, "query heads (H)", minimum=1)

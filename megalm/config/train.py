@@ -28,7 +28,7 @@ class TrainConfig:
     )
     log_every: int = knob(10, "steps between console lines", minimum=1)
     eval_every: int = knob(0, "steps between evaluations; 0: none", minimum=0)
-    eval_samples: int = knob(64, "validation samples in one evaluation", minimum=1)
+    eval_samples: int = knob(64, "validation samples in one evaluation, rounded up to whole global batches", minimum=1)
     patience: int = knob(0, "stop after this many evaluations without a better validation loss; 0: never", minimum=0)
     device_peak_tflops: float = knob(
         0.0, "dense bf16 peak of one device, for MFU; 0: from the device's name, if known", minimum=0.0

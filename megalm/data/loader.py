@@ -56,17 +56,18 @@ class Loader:
     def step(self, consumed: int) -> list[Batch]:
         """This rank's microbatches of the step that begins at global sample number `consumed` >= 0."""
         ahead, self._next = self._next, None
-        batches = ahead[1].result() if ahead and ahead[0] == consumed else self._read(consumed)
+        batches = ahead[1].result() if ahead and ahead[0] == consumed else self.read(consumed)
         if self.reads:
             following = consumed + self.global_batch_size
-            self._next = following, self._reader.submit(self._read, following)
+            self._next = following, self._reader.submit(self.read, following)
         return batches
 
     def close(self) -> None:
         """End the background thread; `step` must not be called again."""
         self._reader.shutdown(cancel_futures=True)
 
-    def _read(self, consumed: int) -> list[Batch]:
+    def read(self, consumed: int) -> list[Batch]:
+        """The same, without reading ahead."""
         first = consumed + self.data_rank * self.samples_per_rank
         numbers = np.arange(first, first + self.samples_per_rank, dtype=np.int64)
         return [self._batch(part) for part in numbers.reshape(-1, self.micro_batch_size)]

@@ -1,8 +1,8 @@
 """Cross entropy per token where the vocabulary is split over the tensor parallel ranks.
 
 One of the two places where a model's mathematics needs a process group: softmax sums over the whole vocabulary, and
-gathering the logits (B S V) would cost more than the rest of the layer. Three small all-reduces instead: the maximum,
-the label's logit, and the sum of exponentials, each (T,) (Shoeybi et al. 2019, section 3).
+gathering the logits (B S V) would cost more than the rest of the layer. Two small all-reduces instead: the maximum (T,),
+then the label's logit and the sum of exponentials together (2, T) (Shoeybi et al. 2019, section 3).
 """
 
 from __future__ import annotations

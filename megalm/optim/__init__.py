@@ -1,1 +1,1 @@
-"""Optimizers, parameter groups, learning-rate schedules and gradient clipping."""
+"""Optimizers, parameter groups and learning-rate schedules."""

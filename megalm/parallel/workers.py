@@ -52,9 +52,11 @@ def start_workers(module: str, arguments: Sequence[str], config: RunConfig, quie
         "MEGALM_LAUNCHER": str(log_dir),
     }
     command = [sys.executable, "-m", module, *arguments]
-    workers = [_start(command, environ, rank, log_dir, quiet) for rank in range(num_processes)]
+    workers: list[subprocess.Popen] = []
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        for rank in range(num_processes):
+            workers.append(_start(command, environ, rank, log_dir, quiet))
         _watch(workers, log_dir)
     finally:
         _end(workers)
@@ -68,10 +70,8 @@ def make_folder(path: Path) -> None:
         if not os.access(path, os.W_OK):
             raise PermissionError("no write permission")
     except OSError as error:
-        rule = "must be a folder that can be made and written"
-        raise ConfigError(
-            Problem("train.run_dir", path, rule, error.strerror or str(error), "train.run_dir=<a folder of yours>")
-        ) from error
+        rule = f"must be a folder that can be made and written ({error.strerror or error})"
+        raise ConfigError(Problem("train.run_dir", path, rule, "", "train.run_dir=<a folder of yours>")) from error
 
 
 def _start(command: list[str], environ: dict[str, str], rank: int, log_dir: Path, quiet: bool) -> subprocess.Popen:
@@ -99,7 +99,7 @@ def _first_error(workers: list[subprocess.Popen], failed: list[int], log_dir: Pa
     """The cause: a worker killed by a signal leaves no note and was first; else the earliest note."""
     for rank in failed:
         code = workers[rank].poll() or 0
-        if code < 0:
+        if code < 0 and not (log_dir / f"error-rank-{rank}.json").exists():  # gloo may abort after an error was noted
             name = signal.Signals(-code).name
             rule = "every worker must run to the end; all the others were ended"
             fix = f"look at {log_dir}/rank-{rank}.log; run the same command again: it resumes from the last checkpoint"
@@ -169,10 +169,8 @@ def _free_port(port: int) -> int:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            rule = "the rendezvous port must be free on this machine"
-            raise ConfigError(
-                Problem("cluster.port", port, rule, error.strerror or "", "cluster.port=0 (any free port)")
-            ) from error
+            rule = f"the rendezvous port must be free on this machine ({error.strerror})"
+            raise ConfigError(Problem("cluster.port", port, rule, "a free port; 0: any", "cluster.port=0")) from error
         return probe.getsockname()[1]
 
 

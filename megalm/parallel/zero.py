@@ -71,8 +71,10 @@ def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="deepspeed")
     import deepspeed
+    from deepspeed.runtime import bf16_optimizer
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # it prints to the console, a dozen times
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megalm.config.run import RunConfig
 from megalm.data.corpus import Corpus
 from megalm.data.loader import Batch, Loader
+from megalm.data.packing import GPTDataset
 from megalm.models.init import initial_value
 from megalm.models.layers import Dropout
 from megalm.models.plans import PLANS, TIED
@@ -40,7 +41,7 @@ class Job:
     executor: PipelineExecutor
     evaluator: PipelineExecutor  # forwards only
     loader: Loader
-    valid_loader: Loader | None
+    valid_batches: list[Batch]  # this rank's part of what every evaluation looks at; empty: no evaluation
     corpus: Corpus
 
 
@@ -52,23 +53,20 @@ def build_job(config: RunConfig, topology: Topology, corpus: Corpus) -> Job:
         build_stage(config, topology, chunk * parallel.pipeline_parallel + topology.pipeline.rank, stages, dtype)
         for chunk in range(parallel.chunks)
     )
-    microbatches = config.train.global_batch_size // (config.train.micro_batch_size * topology.data.size)
-    eval_microbatches = max(1, -(-config.train.eval_samples // (config.train.micro_batch_size * topology.data.size)))
-    schedule = SCHEDULES[parallel.schedule](parallel.pipeline_parallel, microbatches, parallel.chunks)
+    batch_size = config.train.global_batch_size
+    eval_samples = -(-config.train.eval_samples // batch_size) * batch_size  # whole batches: the same on every layout
+    eval_microbatches = config.num_microbatches * eval_samples // batch_size
+    schedule = SCHEDULES[parallel.schedule](parallel.pipeline_parallel, config.num_microbatches, parallel.chunks)
     eval_schedule = forward_only(parallel.pipeline_parallel, eval_microbatches, parallel.chunks)
     split = topology.tensor.size if topology.sequence_parallel else 1
     hidden = (config.train.micro_batch_size, config.data.seq_length // split, config.model.hidden_size)
     executor, evaluator = (
         PipelineExecutor(s, topology.pipeline, hidden, dtype, topology.device) for s in (schedule, eval_schedule)
     )
-    eval_batch = eval_microbatches * config.train.micro_batch_size * topology.data.size
-    loader = build_loader(config, topology, corpus.train, config.train.global_batch_size)
-    valid = (
-        build_loader(config, topology, corpus.valid, eval_batch) if config.train.eval_every and corpus.valid else None
-    )
-    return Job(
-        config, topology, chunks, build_engine(config, topology, chunks), executor, evaluator, loader, valid, corpus
-    )
+    loader = build_loader(config, topology, corpus.train, batch_size)
+    valid = build_loader(config, topology, corpus.valid, eval_samples).read(0) if config.train.eval_every and corpus.valid else []
+    engine = build_engine(config, topology, chunks)
+    return Job(config, topology, chunks, engine, executor, evaluator, loader, valid, corpus)
 
 
 def build_stage(config: RunConfig, topology: Topology, stage: int, num_stages: int, dtype: torch.dtype) -> nn.Module:
@@ -122,7 +120,7 @@ def build_engine(config: RunConfig, topology: Topology, chunks: nn.ModuleList) -
     )
 
 
-def build_loader(config: RunConfig, topology: Topology, dataset, batch_size: int) -> Loader:  # type: ignore[no-untyped-def]
+def build_loader(config: RunConfig, topology: Topology, dataset: GPTDataset, batch_size: int) -> Loader:
     """Only the ends of the pipeline read tokens; the other stages need the samples' numbers alone."""
     reads = topology.pipeline.is_first or topology.pipeline.is_last
     return Loader(dataset, batch_size, config.train.micro_batch_size, topology.data.rank, topology.data.size, reads)

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from megalm.checkpoint.sharded import LATEST
 from megalm.checkpoint.state import save_checkpoint
 from megalm.log import log
 from megalm.train.metrics import SpeedMeter, peak_memory_bytes
@@ -33,13 +34,14 @@ class ProgressBar(Hook):
 
 
 class Logging(Hook):
-    """Every step: check that the numbers are finite and add a line to metrics.jsonl; every `log_every`: one on the console."""
+    """Every step: check the numbers, add a line to metrics.jsonl; every `log_every`: speed and mean loss on the console."""
 
     def __init__(self, trackers: list[Tracker]):
         self.trackers = trackers
         self.file: TextIO | None = None
 
     def on_start(self, trainer: Trainer) -> None:
+        self.losses: list[float] = []  # since the last console line
         self.meter = SpeedMeter(trainer.config, trainer.topology.world_size, trainer.topology.device)
         if trainer.topology.rank == 0:
             path = Path(trainer.config.train.run_dir) / "metrics.jsonl"
@@ -50,6 +52,7 @@ class Logging(Hook):
         step, device = trainer.state.step, trainer.topology.device
         loss, norm = check_finite(step, result)
         self.meter.count_step()
+        self.losses.append(loss)
         record: dict[str, Any] = {
             "step": step,
             "loss": loss,
@@ -62,9 +65,10 @@ class Logging(Hook):
             record |= {**vars(speed), "memory_bytes": memory, "time": time.time()}
             flops = f"{speed.tflops_per_rank:.3f} TFLOP/s per rank" + (f"  mfu {speed.mfu:.1%}" if speed.mfu else "")
             log(
-                f"step {step:>6}  loss {loss:.4f}  lr {result.lr:.2e}  grad norm {norm:.3f}  "
+                f"step {step:>6}  loss {sum(self.losses) / len(self.losses):.4f}  lr {result.lr:.2e}  grad norm {norm:.3f}  "
                 f"{speed.tokens_per_second:,.0f} tokens/s  {flops}  {memory / 2**30:.2f} GiB"
             )
+            self.losses.clear()
         self.write(record)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -99,7 +103,7 @@ class Evaluating(Hook):
         )
         self.logging.write(as_record(state.step, evaluation))
         self.logging.meter.pause(time.perf_counter() - start)
-        if evaluation.loss < state.best_valid_loss:
+        if state.best_valid_loss is None or evaluation.loss < state.best_valid_loss:
             state.best_valid_loss, state.evaluations_without_gain = evaluation.loss, 0
             return
         state.evaluations_without_gain += 1
@@ -115,7 +119,8 @@ class Checkpointing(Hook):
         self.config, self.logging = config, logging
 
     def on_start(self, trainer: Trainer) -> None:
-        if trainer.config.checkpoint.save_first and trainer.state.step == 0:
+        resumed = (self._root(trainer) / LATEST).is_file()  # from the very one: not to be replaced
+        if trainer.config.checkpoint.save_first and trainer.state.step == 0 and not resumed:
             self._save(trainer)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -126,11 +131,13 @@ class Checkpointing(Hook):
 
     def _save(self, trainer: Trainer) -> None:
         start = time.perf_counter()
-        root = Path(trainer.config.train.run_dir) / "checkpoints"
-        folder = save_checkpoint(root, trainer.engine, trainer.state, self.config, trainer.config.checkpoint.keep)
+        folder = save_checkpoint(self._root(trainer), trainer.engine, trainer.state, self.config, trainer.config.checkpoint.keep)
         seconds = time.perf_counter() - start
         log(f"step {trainer.state.step:>6}  saved {folder} in {seconds:.2f} s")
         self.logging.meter.pause(seconds)
+
+    def _root(self, trainer: Trainer) -> Path:
+        return Path(trainer.config.train.run_dir) / "checkpoints"
 
 
 def _cut_back(path: Path, step: int) -> None:
@@ -144,4 +151,6 @@ def _cut_back(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue  # the last line of a killed run may be cut
-    path.write_text("".join(kept), encoding="utf-8")
+    shorter = path.with_suffix(".tmp")
+    shorter.write_text("".join(kept), encoding="utf-8")
+    shorter.replace(path)

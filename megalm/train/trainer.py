@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megalm.checkpoint.state import RunState
@@ -88,44 +87,36 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """Loss on the first validation samples."""
-        assert self.job.valid_loader is not None, "evaluation needs a validation split"
-        batches = self.job.valid_loader.step(0)
-        divisor, losses = self._count(batches), list[Tensor]()
+        batches, losses = self.job.valid_batches, list[Tensor]()
+        assert batches, "evaluation needs a validation split"
         self.job.chunks.eval()
-        self.job.evaluator.run(build_forward(self.job, batches, divisor, losses))
+        self.job.evaluator.run(build_forward(self.job, batches, self._count(batches), losses))
         loss = float(self._sum(losses))
-        return Evaluation(loss, math.exp(min(loss, 700.0)), self._bits_per_byte(batches, loss * float(divisor)))
+        return Evaluation(loss, math.exp(min(loss, 700.0)), self._bits_per_byte(batches, loss))
 
     def _count(self, batches: list[Batch]) -> Tensor:
-        """Tokens that count in the global batch, fp32 scalar; the last stage divides by it."""
+        """Tokens that count in the global batch, fp32 scalar; right on the last stage, which divides by it."""
         counts = [count_tokens(batch.labels) for batch in batches if batch.labels is not None]
         total = torch.stack(counts).sum() if counts else torch.ones((), dtype=torch.int64)
         return all_reduce(total.to(self.topology.device), self.topology.data).float()
 
-    def _sum(self, losses: list[Tensor]) -> Tensor:
-        """Sum over microbatches and data parallel ranks, told to every stage."""
-        total = torch.stack(losses).sum() if losses else torch.zeros((), device=self.topology.device)
+    def _sum(self, parts: list[Tensor]) -> Tensor:
+        """Sum of what the last stage's ranks have, told to every stage; the others' parts do not count."""
+        total = torch.stack(parts).sum() if parts else torch.zeros((), device=self.topology.device)
+        if not self.topology.pipeline.is_last:
+            total = torch.zeros_like(total)
         return all_reduce(all_reduce(total, self.topology.data), self.topology.pipeline)
 
-    def _bits_per_byte(self, batches: list[Batch], nats: float) -> float | None:
+    def _bits_per_byte(self, batches: list[Batch], loss: float) -> float | None:
         """Loss per byte of text, which does not depend on the tokenizer: nats / ln 2 / bytes of the labels."""
         tokenizer = self.job.corpus.tokenizer
         if tokenizer is None:
             return None
-        sizes = torch.from_numpy(tokenizer.token_bytes()).double()
+        sizes, device = torch.from_numpy(tokenizer.token_bytes()), self.topology.device
         labels = [batch.labels for batch in batches if batch.labels is not None]
-        num_bytes = (
-            torch.stack([sizes[x[x >= 0]].sum() for x in labels]).sum()
-            if labels
-            else torch.zeros((), dtype=torch.float64)
-        )
-        num_bytes = all_reduce(num_bytes.to(self.topology.device), self.topology.data)
-        if self.topology.pipeline.size > 1:  # the last stage has read the labels; rank 0 of the run prints
-            dist.broadcast(num_bytes, self.topology.pipeline.ranks[-1], group=self.topology.pipeline.handle)
-            total = torch.tensor(nats, dtype=torch.float64, device=self.topology.device)
-            dist.broadcast(total, self.topology.pipeline.ranks[-1], group=self.topology.pipeline.handle)
-            nats = float(total)
-        return nats / math.log(2) / max(1.0, float(num_bytes))
+        tokens = self._sum([count_tokens(x).float().to(device) for x in labels])
+        num_bytes = self._sum([sizes[x[x >= 0]].sum().float().to(device) for x in labels])
+        return loss * float(tokens) / math.log(2) / max(1.0, float(num_bytes))
 
 
 def check_finite(step: int, result: StepResult) -> tuple[float, float]:

@@ -102,8 +102,9 @@ def test_it_stops_at_the_end_of_the_document() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_loaded_is_what_was_saved(architecture: str, tied: bool, tmp_path: Path) -> None:
     folder = save(tmp_path, architecture, tied=tied) / "checkpoints" / "step-00000000"
-    model, expected, tokens = load_model(folder, read_manifest(folder), torch.device("cpu")), fresh(architecture, tied), torch.arange(9)
-    assert torch.equal(model(tokens[None]), expected(tokens[None]))
+    model = load_model(folder, read_manifest(folder), torch.device("cpu"))
+    tokens = torch.arange(9)[None]
+    assert torch.equal(model(tokens), fresh(architecture, tied)(tokens))
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert (model.head.weight is model.embedding.weight) is tied
 

@@ -30,15 +30,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE = pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
 
 
-def reference(dtype: torch.dtype, steps: int = STEPS, clip: float = CLIP) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Losses, norms and fp32 weights of torch's AdamW: fp32 masters, gradients summed in fp32, weights rounded to dtype."""
+def reference(dtype: torch.dtype, clip: float = CLIP) -> tuple[list[float], list[float], dict[tuple[str, str], Tensor]]:
+    """Losses, norms and state of torch's AdamW: fp32 masters, gradients summed in fp32, weights rounded to dtype."""
     model, losses, norms = Toy().to(dtype), [], []
     masters = {name: nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
     decay = {True: 0.1, False: 0.0}
     optimizer = torch.optim.AdamW(
         [{"params": [m], "weight_decay": decay[m.dim() > 1]} for m in masters.values()], lr=LR, betas=(0.9, 0.95), eps=1e-8
     )
-    for step in range(steps):
+    for step in range(STEPS):
         optimizer.zero_grad()
         losses.append(0.0)
         for loss in toy_losses(model, step, dtype):
@@ -50,7 +50,8 @@ def reference(dtype: torch.dtype, steps: int = STEPS, clip: float = CLIP) -> tup
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(masters[name])
-    return losses, norms, {name: m.detach() for name, m in masters.items()}
+    state = {(name, WEIGHT): m.detach() for name, m in masters.items()}
+    return losses, norms, state | {(name, kind): optimizer.state[m][kind] for name, m in masters.items() for kind in MOMENTS}
 
 
 def build(dtype: torch.dtype, topology=None, clip: float = CLIP) -> tuple[Toy, PlainEngine]:
@@ -63,14 +64,15 @@ def build(dtype: torch.dtype, topology=None, clip: float = CLIP) -> tuple[Toy, P
 def test_equals_torch_adamw_with_clipping(dtype, clip):
     model, engine = build(dtype, clip=clip)
     steps = [toy_step(engine, model, step) for step in range(STEPS)]
-    losses, norms, weights = reference(dtype, clip=clip)
+    losses, norms, state = reference(dtype, clip)
     assert min(norms) > CLIP, "the clipping must bite"
     assert [loss for loss, _ in steps] == pytest.approx(losses, rel=1e-6)
     assert [norm for _, norm in steps] == pytest.approx(norms, rel=1e-6)
-    for name, wanted in weights.items():
-        assert engine.read(name, WEIGHT).dtype == torch.float32
-        torch.testing.assert_close(engine.read(name, WEIGHT), wanted, rtol=0, atol=2e-6)
-        assert torch.equal(engine.parameters[name], engine.read(name, WEIGHT).to(dtype))
+    for (name, kind), wanted in state.items():  # the moments too: Adam's step hides a wrong scale of all gradients
+        assert engine.read(name, kind).dtype == torch.float32
+        torch.testing.assert_close(engine.read(name, kind), wanted, rtol=1e-5, atol=2e-6)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, engine.read(name, WEIGHT).to(dtype))
     assert engine.steps_done == STEPS
 
 
@@ -163,7 +165,7 @@ def two_copies() -> list[dict]:
 @pytest.mark.dist
 @pytest.mark.parametrize("precision", DTYPES)
 def test_two_copies_equal_one_process(two_copies, precision):
-    losses, norms, weights = reference(DTYPES[precision])
+    losses, norms, state = reference(DTYPES[precision])
     steps = [seen[precision][0] for seen in two_copies]
     assert [a[0] + b[0] for a, b in zip(*steps, strict=True)] == pytest.approx(losses, rel=1e-5)
     for seen in two_copies:
@@ -171,7 +173,7 @@ def test_two_copies_equal_one_process(two_copies, precision):
         assert seen[precision][1] == two_copies[0][precision][1]  # the copies stay equal bit by bit
     if precision == "fp32":  # in bf16 the microbatches are cut elsewhere and round elsewhere
         for name, value in two_copies[0]["fp32"][1].items():
-            torch.testing.assert_close(torch.tensor(value), weights[name], rtol=0, atol=4e-5)
+            torch.testing.assert_close(torch.tensor(value), state[name, WEIGHT], rtol=0, atol=4e-5)
 
 
 @pytest.mark.dist

@@ -77,6 +77,7 @@ def places(rank: int, world_size: int) -> dict:
         groups = {kind: getattr(topology, kind) for kind in ("tensor", "data", "pipeline", "model", "embedding")}
         for kind, group in groups.items():
             assert group.ranks[group.rank] == rank == topology.rank, kind
+            assert (group.handle is None) == (group.size == 1), kind
             if group.handle is not None:
                 met: list = [None] * group.size
                 dist.all_gather_object(met, rank, group=group.handle)

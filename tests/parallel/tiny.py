@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -92,10 +94,10 @@ def train(config: RunConfig, topology: Topology | None = None, steps: int = 3) -
     split = topology.tensor.size if topology.sequence_parallel else 1
     hidden_shape = (1, SEQ_LENGTH // split, config.model.hidden_size)
     executor = PipelineExecutor(schedule, topology.pipeline, hidden_shape, dtype, topology.device)
-    trained = Trained([], [], engine)
+    trained, divisor = Trained([], [], engine), config.train.global_batch_size * SEQ_LENGTH
     for step in range(steps):
         batch = samples(step, config.train.global_batch_size).chunk(topology.data.size)[topology.data.rank]
-        divisor, losses = config.train.global_batch_size * SEQ_LENGTH, list[Tensor]()
+        losses = list[Tensor]()
 
         def forward(stage: int, microbatch: int, hidden: Tensor | None, batch=batch, losses=losses) -> Tensor:
             tokens = batch[microbatch : microbatch + 1]
@@ -180,3 +182,11 @@ def load_state(engine: Engine, state: dict[tuple[str, str], Tensor], steps_done:
     for (name, kind), value in state.items():
         engine.write(name, kind, value)
     engine.finish_load()
+
+
+def skip_muon() -> None:
+    """At its first engine DeepSpeed imports Muon and with it torch.compile: seconds per rank that no test here needs."""
+    name = "deepspeed.runtime.zero.muon.muon_optimizer"
+    stub = types.ModuleType(name)
+    stub.MuonWithAuxAdam = type("MuonWithAuxAdam", (torch.optim.Optimizer,), {})  # type: ignore[attr-defined]
+    sys.modules.setdefault(name, stub)

@@ -1,0 +1,246 @@
+"""Every layout computes what one rank computes; and the comparison that says so finds every planted difference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalm.checkpoint.sharded import write_manifest, write_pieces
+from megalm.config.run import ParityConfig, ParityRun
+from megalm.errors import ConfigError, RunError
+from megalm.train import parity
+from megalm.train.parity import Comparison, compare, parity_command, run_config
+
+# --- the matrix: real runs in real processes -------------------------------------------------------------------------
+
+LLAMA = (
+    "tp2", "tp2_sp", "pp2_gpipe", "pp2", "pp2_dp2_zero2", "pp2_dp2_zero3", "tp2_pp2", "dp2", "dp2_zero1", "dp2_zero2",
+    "dp2_zero3", "tp2_dp2",
+)  # fmt: skip
+GPT = ("tp2_sp", "pp2", "pp2_dp2_zero1", "pp2_dp2_zero3", "tp2_pp2", "dp2_zero2")
+FP32 = ("parity.loss_tolerance=1e-5", "parity.norm_tolerance=1e-5", "parity.weight_tolerance=1e-4")
+# bf16 has 8 bits: one rounding is up to 0.4 %. Slicing a matrix product changes the order of its sums, so single
+# activations and gradients round to the neighbouring bf16 number. The loss is a mean over 256 tokens of about 4.8 nats:
+# its error is that of one token's loss (about 0.4 % of the logits' spread, 0.02) over the root of the tokens that
+# differ. The norm is a root of a sum over 44,000 elements, whose roundings are independent. A weight moves by at most
+# the learning rate in a step, so elements whose gradient's sign is rounding noise may be 2 lr apart after each step:
+# 20 steps of up to 1e-3 bound it by 4e-2; that many signs in a row do not fall apart, hence the half of it.
+BF16 = ("train.precision=bf16", "parity.loss_tolerance=5e-3", "parity.norm_tolerance=3e-2", "parity.weight_tolerance=2e-2")
+
+
+def run_parity(folder: Path, layouts: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megalm.launchers.cli", "parity", f"parity.layouts=[{','.join(layouts)}]"]
+    done = subprocess.run(
+        [*command, "parity.steps=20", *arguments], cwd=folder, capture_output=True, text=True, timeout=1500, check=False
+    )
+    print(done.stdout)
+    return done
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize(
+    ("layouts", "arguments"),
+    [
+        pytest.param(LLAMA, FP32, id="llama-untied-fp32"),
+        pytest.param(GPT, ("model=tiny_gpt", *FP32), id="gpt-tied-fp32"),
+        pytest.param(("tp2_sp", "tp2_pp2", "dp2_zero3"), ("model.dropout=0.1", *FP32), id="llama-dropout-fp32"),
+        pytest.param(("tp2_sp", "pp2", "dp2_zero1", "dp2_zero2", "dp2_zero3"), BF16, id="llama-bf16"),
+        pytest.param(("pp2_dp2_zero1", "dp2"), ("model=tiny_gpt", *BF16), id="gpt-tied-bf16"),
+    ],
+)
+def test_layouts_equal_one_rank(layouts: tuple[str, ...], arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = run_parity(tmp_path, layouts, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.split()[0] in layouts}
+    assert set(rows) == set(layouts)
+    assert all(row[1] == "equal" and "DIFFERS" not in row for row in rows.values()), "initial weights, to the bit"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_runs_that_are_not_the_same_are_told_apart(tmp_path: Path) -> None:
+    """A real difference: bf16 cannot keep the tolerances of fp32."""
+    done = run_parity(tmp_path, ("tp2",), *FP32, "train.precision=bf16", "parity.keep=true")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "layout tp2" in done.stderr and "DIFFERS" in done.stdout and "Traceback" not in done.stderr
+    assert (tmp_path / "runs/parity/tp2/metrics.jsonl").exists()
+
+
+# --- the comparison, on runs that are written by hand ----------------------------------------------------------------
+
+STEPS = 3
+NAMES = ("embedding.weight", "layers.2.mlp.up.weight", "layers.10.attention.k.bias", "layers.10.mlp.up.weight", "norm.weight")
+CONFIG = ParityRun(parity=ParityConfig(["tp2"], STEPS))
+Change = Callable[[dict], None]
+
+
+def write_run(folder: Path, change: Change = lambda run: None) -> Path:
+    """What a run leaves behind, changed by `change`: {"losses", "norms", 0: first weights, 3: last weights}."""
+    run: dict = {"losses": [4.0, 3.5, 3.25], "norms": [2.0, 1.0, 0.5]}
+    for step in (0, STEPS):
+        generator = torch.Generator().manual_seed(step)
+        run[step] = {name: torch.randn(4, 3, generator=generator) for name in NAMES}
+    change(run)
+    for step in (0, STEPS):
+        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        write_pieces(checkpoint, 0, {f"weight/{n}": (x, tuple(x.shape), (0,) * x.dim()) for n, x in run[step].items()})
+        write_manifest(checkpoint, {}, {})
+    pairs = zip(run["losses"], run["norms"], strict=True)
+    records: list[dict] = [{"step": n, "loss": loss, "grad_norm": norm} for n, (loss, norm) in enumerate(pairs, 1)]
+    records.insert(1, {"step": 1, "valid_loss": 9.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def compared(tmp_path: Path, change: Change) -> Comparison:
+    result = Comparison("tp2", 2, 1.0)
+    compare(result, write_run(tmp_path / "single"), write_run(tmp_path / "tp2", change), CONFIG)
+    return result
+
+
+def flip_a_bit(x: torch.Tensor) -> None:
+    x.view(torch.int32)[1, 2] ^= 1
+
+
+def test_equal_runs(tmp_path: Path) -> None:
+    result = compared(tmp_path, lambda run: None)
+    assert (result.loss, result.norm, result.weight, result.initial_equal, result.faults) == (0, 0, 0, True, [])
+
+
+def test_rounding_is_within_the_tolerance_and_reported(tmp_path: Path) -> None:
+    def change(run: dict) -> None:
+        run["losses"][1] += 9e-6
+        run["norms"][2] += 4e-6  # 8e-6 of 0.5
+        run[STEPS]["norm.weight"][0, 0] += 9e-5
+
+    result = compared(tmp_path, change)
+    assert result.faults == []
+    assert (result.loss, result.norm, result.weight) == pytest.approx((9e-6, 8e-6, 9e-5), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: flip_a_bit(run[0]["layers.2.mlp.up.weight"]), "initial weights differ, first in layers.2.mlp.up.weight"),
+        (lambda run: flip_a_bit(run[0]["norm.weight"]), "initial weights differ, first in norm.weight"),
+        (lambda run: run["losses"].__setitem__(1, 3.50002), "loss differs by 2.0e-05 > 1e-05, first at step 2"),
+        (lambda run: run["losses"].__setitem__(2, float("nan")), "loss differs by nan > 1e-05, first at step 3"),
+        (lambda run: run["norms"].__setitem__(2, 0.50001), "gradient norm differs by 2.0e-05 > 1e-05, first at step 3"),
+        (
+            lambda run: run[STEPS]["embedding.weight"][0].add_(2e-4),
+            "final weights differ by 2.0e-04 > 1e-04, first in embedding.weight",
+        ),
+        (
+            lambda run: run[STEPS]["layers.10.mlp.up.weight"][0].fill_(float("nan")),
+            "final weights differ by nan > 1e-04, first in layers.10.mlp.up.weight",
+        ),
+    ],
+)
+def test_a_planted_difference_is_found_and_named(change: Change, message: str, tmp_path: Path) -> None:
+    assert compared(tmp_path, change).faults == [message]
+
+
+def test_the_first_of_several_is_named_in_the_order_of_the_model(tmp_path: Path) -> None:
+    """Layer 2 comes before layer 10, the embedding before both, the last norm after."""
+
+    def change(run: dict) -> None:
+        for step in (0, STEPS):
+            for name in ("norm.weight", "layers.10.mlp.up.weight", "layers.2.mlp.up.weight"):
+                run[step][name] += 1
+
+    assert compared(tmp_path, change).faults == [
+        "initial weights differ, first in layers.2.mlp.up.weight",
+        "final weights differ by 1.0e+00 > 1e-04, first in layers.2.mlp.up.weight",
+    ]
+
+
+def test_the_key_bias_is_listed_apart(tmp_path: Path) -> None:
+    """Its gradient is zero, so its final value is noise; its initial value is not."""
+    last = compared(tmp_path / "a", lambda run: run[STEPS]["layers.10.attention.k.bias"].add_(0.5))
+    assert last.faults == [] and last.weight == 0 and last.zero_gradient == pytest.approx(0.5)
+    first = compared(tmp_path / "b", lambda run: run[0]["layers.10.attention.k.bias"].add_(0.5))
+    assert first.faults == ["initial weights differ, first in layers.10.attention.k.bias"]
+
+
+@pytest.fixture
+def run_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], ParityRun]:
+    """`parity_command` with runs that are written instead of trained."""
+
+    def prepare(change: Change) -> ParityRun:
+        def start(run, path: Path) -> None:
+            folder = Path(run.train.run_dir)
+            write_run(folder, change if folder.name == "tp2" else lambda run: None)
+
+        monkeypatch.setattr(parity, "start_layout", start)
+        return ParityRun(parity=ParityConfig(["tp2"], STEPS, work_dir=str(tmp_path / "work")))
+
+    return prepare
+
+
+def test_the_command_prints_a_table_and_cleans_up(run_by_hand, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "old").write_text("of the last time")
+    parity_command(run_by_hand(lambda run: None))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["layout", "single", "tp2"]
+    assert lines[2].split()[1:6] == ["2", "equal", "0.0e+00", "0.0e+00", "0.0e+00"]
+    assert lines[-1] == "1 layouts equal one rank over 3 steps"
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_command_exits_with_1_and_names_what_differs(run_by_hand, capsys: pytest.CaptureFixture) -> None:
+    def change(run: dict) -> None:
+        flip_a_bit(run[0]["layers.2.mlp.up.weight"])
+        run["losses"][1] += 1
+
+    with pytest.raises(RunError) as caught:
+        parity_command(run_by_hand(change))
+    assert caught.value.exit_code == 1
+    loss = "loss differs by 1.0e+00 > 1e-05, first at step 2"
+    for part in ("parity error", "layout tp2", "first in layers.2.mlp.up.weight", loss):
+        assert part in str(caught.value)
+    assert "DIFFERS" in capsys.readouterr().out
+
+
+def test_keep_keeps_the_runs(run_by_hand, tmp_path: Path) -> None:
+    config = run_by_hand(lambda run: None)
+    config.parity.keep = True
+    parity_command(config)
+    assert (tmp_path / "work" / "tp2" / "metrics.jsonl").exists()
+    shutil.rmtree(tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("layout", "part"), [("tp2_x", "cannot read 'x'"), ("tp0", "tensor_parallel = 0"), ("zero7", "zero = 7")]
+)
+def test_a_layout_that_cannot_be_read(layout: str, part: str) -> None:
+    with pytest.raises(ConfigError, match=r"parity\.layouts") as caught:
+        run_config(CONFIG, layout)
+    assert part in str(caught.value)
+
+
+def test_every_layout_that_cannot_run_is_named_before_anything_runs(tmp_path: Path) -> None:
+    config = ParityRun(parity=ParityConfig(["tp3", "pp8", "tp2"], STEPS, work_dir=str(tmp_path / "work")))
+    with pytest.raises(ConfigError) as caught:
+        parity_command(config)
+    keys = {problem.key.split("]")[0] + "]" for problem in caught.value.problems}
+    assert keys == {"[tp3]", "[pp8]"}
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_runs_differ_in_their_layout_only() -> None:
+    single, other = run_config(CONFIG, "single"), run_config(CONFIG, "tp2_pp2_dp2_zero2")
+    assert (other.parallel.tensor_parallel, other.parallel.pipeline_parallel, other.parallel.zero) == (2, 2, 2)
+    assert (single.cluster.num_processes, other.cluster.num_processes) == (1, 8)
+    assert single.model == other.model and single.optim == other.optim and single.data == other.data
+    assert single.checkpoint.save_first and single.checkpoint.keep == 0 and single.train.steps == STEPS
