@@ -23,12 +23,15 @@ import os, signal, sys, time
 from megalm.errors import DataError, Problem
 from megalm.parallel.workers import note_error
 
-rank, what = int(os.environ["RANK"]), sys.argv[1]
-open(os.path.join(sys.argv[2], f"pid-{rank}"), "w").write(str(os.getpid()))
+rank, what, folder = int(os.environ["RANK"]), sys.argv[1], sys.argv[2]
+if what == "deaf" and rank != 1:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with open(os.path.join(folder, f"new-{rank}"), "w") as file:
+    file.write(str(os.getpid()))
+os.rename(file.name, os.path.join(folder, f"pid-{rank}"))
+while what not in ("fine", "hang") and sum(name.startswith("pid-") for name in os.listdir(folder)) < 3:
+    time.sleep(0.01)  # all are up before one fails
 print(f"hello from {rank} of {os.environ['WORLD_SIZE']}", flush=True)
-
-def others_wait():
-    time.sleep(60)
 
 try:
     if what == "fine":
@@ -38,9 +41,7 @@ try:
             while not os.path.exists(os.path.join(os.environ["MEGALM_LAUNCHER"], "error-rank-1.json")):
                 time.sleep(0.01)
             raise RuntimeError("connection closed by peer")
-        if what == "deaf":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        others_wait()
+        time.sleep(60)
     elif what in ("megalm", "echo", "deaf"):
         raise DataError(Problem("data.corpus", "x.bin", "must be whole", "1 byte", "megalm prepare"))
     elif what == "other":
@@ -163,6 +164,8 @@ def test_a_worker_that_cannot_be_started_leaves_none_behind(tmp_path, monkeypatc
 
     def fails_at_rank_2(command, environ, rank, log_dir, quiet):
         if rank == 2:
+            while len(list(tmp_path.glob("pid-*"))) < 2:
+                time.sleep(0.05)
             raise OSError("no more processes")
         return start(command, environ, rank, log_dir, quiet)
 
@@ -204,7 +207,7 @@ start_workers("dummy_run.worker", ["hang", {str(tmp_path)!r}], config, True)
 """
     launcher = subprocess.Popen([sys.executable, "-c", program])
     deadline = time.monotonic() + 30
-    while len([f for f in tmp_path.glob("pid-*") if f.read_text()]) < 1 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("pid-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(20) == 143
