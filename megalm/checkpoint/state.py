@@ -64,8 +64,8 @@ def save_checkpoint(root: Path, engine: Engine, state: RunState, config: dict[st
     return folder
 
 
-def load_checkpoint(folder: Path, engine: Engine, model_config: dict[str, Any], tied: dict[str, str]) -> RunState:
-    """Fill the engine from a checkpoint of any layout. `tied` maps a copied parameter to the one that was saved.
+def load_checkpoint(folder: Path, engine: Engine, model_config: dict[str, Any]) -> RunState:
+    """Fill the engine from a checkpoint of any layout.
 
     Raises CheckpointError if it is damaged, or of a model of another shape (naming the keys that differ).
     """
@@ -78,7 +78,7 @@ def load_checkpoint(folder: Path, engine: Engine, model_config: dict[str, Any], 
         shard, shape = shard_of(parameter), engine.shapes[name]
         offset = tuple(shard.start if dim == shard.dim else 0 for dim in range(len(shape)))
         for kind in _kinds(state.step):
-            value = read_box(folder, manifest, f"{kind}/{tied.get(name, name)}", offset, shape)
+            value = read_box(folder, manifest, f"{kind}/{engine.saved_name(name)}", offset, shape)
             engine.write(name, kind, value.to(engine.topology.device))
     engine.finish_load()
     return state

@@ -25,7 +25,7 @@ class ParallelConfig:
     schedule: str = knob("1f1b", "order of forwards and backwards in the pipeline", allowed=SCHEDULES)
     zero: int = knob(
         0,
-        "shared out over data parallel ranks. 0: nothing (own engine); DeepSpeed 1: optimizer, 2: + reduced gradients, 3: + weights",
+        "shared out over the copies. 0: nothing (own engine); DeepSpeed 1: optimizer, 2: + reduced gradients, 3: + weights",
         allowed=(0, 1, 2, 3),
     )
 

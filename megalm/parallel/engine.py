@@ -37,14 +37,26 @@ class ParameterGroup:
     weight_decay: float
 
 
-class Engine(ABC):
-    """Gradients in, weights out. `tied_copy` names the parameter that repeats another stage's embedding, if any."""
+@dataclass(frozen=True)
+class Tie:
+    """This rank's end of an embedding that the first and the last pipeline stage share."""
 
-    def __init__(self, groups: list[ParameterGroup], topology: Topology, tied: str | None, tied_copy: str | None):
+    name: str  # the parameter here
+    original: str  # its name on the first stage, under which it is drawn, counted and saved
+
+    @property
+    def is_copy(self) -> bool:
+        return self.name != self.original
+
+
+class Engine(ABC):
+    """Gradients in, weights out."""
+
+    def __init__(self, groups: list[ParameterGroup], topology: Topology, tie: Tie | None):
         self.groups, self.topology = groups, topology
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}  # local; ZeRO-3 empties p.shape
-        self.tied, self.tied_copy = tied, tied_copy
+        self.tie = tie
         self.steps_done = 0
 
     @contextmanager
@@ -76,9 +88,13 @@ class Engine(ABC):
     def prepare_load(self, steps_done: int) -> None:
         """Make room for moments of an optimizer that has done `steps_done` steps; call before the first `write`."""
 
+    def saved_name(self, name: str) -> str:
+        """The name under which a checkpoint knows a parameter of this rank."""
+        return self.tie.original if self.tie is not None and name == self.tie.name else name
+
     def counts_in_norm(self, name: str) -> bool:
         """Whether this rank's slice enters the global norm: every element of the model must, exactly once."""
-        if name == self.tied_copy:
+        if self.saved_name(name) != name:
             return False
         return shard_of(self.parameters[name]).dim is not None or self.topology.tensor.is_first
 
@@ -91,8 +107,8 @@ class Engine(ABC):
             torch._foreach_copy_(
                 partial, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in partial]), partial, strict=True)]
             )
-        if self.tied is not None:
-            gradient = self.parameters[self.tied].grad
+        if self.tie is not None:
+            gradient = self.parameters[self.tie.name].grad
             assert gradient is not None
             all_reduce(gradient, self.topology.embedding)
 
@@ -110,10 +126,9 @@ class PlainEngine(Engine):
         make_optimizer: MakeOptimizer,
         topology: Topology,
         clip: float,
-        tied: str | None = None,
-        tied_copy: str | None = None,
+        tie: Tie | None = None,
     ):
-        super().__init__(groups, topology, tied, tied_copy)
+        super().__init__(groups, topology, tie)
         self.clip = clip
         self.flat_weights = [_flatten(g.parameters.values()) for g in groups]
         self.flat_gradients = [torch.zeros_like(flat) for flat in self.flat_weights]

@@ -17,6 +17,8 @@ tests/parallel/test_zero_traps.py watches each of these facts.
 from __future__ import annotations
 
 import logging
+import sys
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalm.parallel.engine import WEIGHT, Engine, MakeOptimizer, ParameterGroup, initial_state
+from megalm.parallel.engine import WEIGHT, Engine, MakeOptimizer, ParameterGroup, Tie, initial_state
 from megalm.parallel.tensor_parallel import shard_of
 from megalm.parallel.topology import Topology
 
@@ -67,7 +69,14 @@ def deepspeed_config(stage: int, precision: torch.dtype, clip: float) -> dict[st
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without its shared memory op, which compiles for 70 s at first use and serves inference only."""
+    """DeepSpeed, quiet, and without two things that cost seconds at the start of every rank and serve nothing here.
+
+    Its shared memory op compiles for 70 s at first use, for inference only. Its Muon optimizer is imported by every engine,
+    for an isinstance check, and pulls in torch.compile: 1 s, and 4 s where four ranks share two cores.
+    """
+    muon = types.ModuleType("deepspeed.runtime.zero.muon.muon_optimizer")
+    muon.MuonWithAuxAdam = type("MuonWithAuxAdam", (torch.optim.Optimizer,), {})  # type: ignore[attr-defined]
+    sys.modules.setdefault(muon.__name__, muon)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="deepspeed")
     import deepspeed
@@ -90,16 +99,15 @@ class ZeroEngine(Engine):
         topology: Topology,
         clip: float,
         stage: int,
-        tied: str | None = None,
-        tied_copy: str | None = None,
+        tie: Tie | None = None,
     ):
-        super().__init__(groups, topology, tied, tied_copy)
+        super().__init__(groups, topology, tie)
         self.stage = stage
         precision = next(iter(self.parameters.values())).dtype
         self.low_precision = precision != torch.float32
         for name, parameter in self.parameters.items():
             parameter.tensor_model_parallel = shard_of(parameter).dim is not None  # type: ignore[attr-defined]
-            parameter.ds_pipe_replicated = name == tied_copy  # type: ignore[attr-defined]
+            parameter.ds_pipe_replicated = self.saved_name(name) != name  # type: ignore[attr-defined]
             if self.low_precision:
                 parameter.grad_dtype = torch.float32
         deepspeed = import_deepspeed()

@@ -21,7 +21,7 @@ from megalm.models.registry import build_model
 from megalm.objectives.language_modeling import causal_loss
 from megalm.optim.adam import build_optimizer
 from megalm.optim.groups import build_groups
-from megalm.parallel.engine import Engine, PlainEngine
+from megalm.parallel.engine import Engine, PlainEngine, Tie
 from megalm.parallel.pipeline import Forward, PipelineExecutor, apply_stage
 from megalm.parallel.schedules import SCHEDULES, forward_only
 from megalm.parallel.tensor_parallel import apply_tensor_parallel, local_slice, shard_of
@@ -103,20 +103,20 @@ def build_engine(config: RunConfig, topology: Topology, chunks: nn.ModuleList) -
     """Plain data parallel for zero=0, DeepSpeed (imported only then) for zero=1, 2, 3."""
     parameters = {name: p for chunk in chunks for name, p in chunk.named_parameters()}
     groups = build_groups(parameters, config.optim.weight_decay)
-    tied = tied_copy = None
+    tie = None
     if config.model.tie_embeddings and topology.pipeline.size > 1:
-        tied_copy = next((copy for copy in TIED if copy in parameters), None)
-        tied = tied_copy or next((name for name in TIED.values() if name in parameters), None)
+        ends = [Tie(name, original) for copy, original in TIED.items() for name in (copy, original)]
+        tie = next((end for end in ends if end.name in parameters), None)  # none on a middle stage
 
     def make_optimizer(param_groups: list[dict]) -> torch.optim.Optimizer:
         return build_optimizer(param_groups, config.optim)
 
     if config.parallel.zero == 0:
-        return PlainEngine(groups, make_optimizer, topology, config.optim.clip, tied, tied_copy)
+        return PlainEngine(groups, make_optimizer, topology, config.optim.clip, tie)
     from megalm.parallel.zero import ZeroEngine
 
     return ZeroEngine(
-        chunks, groups, make_optimizer, topology, config.optim.clip, config.parallel.zero, tied, tied_copy
+        chunks, groups, make_optimizer, topology, config.optim.clip, config.parallel.zero, tie
     )
 
 

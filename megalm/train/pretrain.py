@@ -20,7 +20,6 @@ from megalm.data.corpus import Corpus, open_corpus
 from megalm.errors import CheckpointError, Problem
 from megalm.log import close_log, log, open_log
 from megalm.models.count import count_parameters
-from megalm.models.plans import TIED
 from megalm.parallel.bootstrap import start_process_group, stop_process_group
 from megalm.parallel.topology import build_topology
 from megalm.parallel.workers import make_folder, note_error
@@ -61,7 +60,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
     job = build_job(config, topology, corpus)
     state = RunState(data_fingerprint=corpus.fingerprint())
     if source is not None:
-        state = load_checkpoint(source, job.engine, resolved["model"], TIED if config.model.tie_embeddings else {})
+        state = load_checkpoint(source, job.engine, resolved["model"])
         _check_same_data(source, state, corpus)
         log(f"resumed from {source} at step {state.step}")
     if topology.rank == 0:

@@ -25,7 +25,6 @@ from tests.parallel.tiny import (
     alone,
     difference_from_whole,
     load_state,
-    skip_muon,
     state_of,
     tiny_config,
     toy_groups,
@@ -92,7 +91,6 @@ def accumulated(stage: int, topology: Topology) -> tuple[float, float]:
 
 
 def compare_all(rank: int, world_size: int) -> dict:
-    skip_muon()
     topology = build_topology(ParallelConfig(), torch.device("cpu"))
     results: dict = {}
     for stage, precision in RUNS:
@@ -165,7 +163,6 @@ class _Blank(Toy):
 
 
 def move_all(rank: int, world_size: int, precision: str) -> dict:
-    skip_muon()
     topology = build_topology(ParallelConfig(), torch.device("cpu"))
     return {(a, b): move(a, b, DTYPES[precision], topology) for a, b in MOVES}
 
@@ -195,7 +192,6 @@ def test_state_moves_from_any_stage_to_any_stage(moved, source, target):
 
 def one_rank(rank: int, world_size: int) -> list[bool]:
     """Data parallel of one: the same engines, nothing to shard."""
-    skip_muon()
     return [
         compare_with_plain(stage, DTYPES[precision], alone(), CLIP)["state"] < 4e-6 for stage, precision in RUNS
     ]
@@ -218,7 +214,6 @@ LAYOUTS = {
 
 def compare_layout(rank: int, world_size: int, stage: int, precision: str) -> dict:
     """A run on the layout against one rank (fp32) or against the plain engine on the same layout (bf16)."""
-    skip_muon()
     results = {}
     for name, settings in LAYOUTS.items():
         config = tiny_config(precision=precision, zero=stage, **settings)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalm.config.parallel import ParallelConfig
-from megalm.parallel.topology import Topology, build_topology
+from megalm.parallel.engine import Tie
+from megalm.parallel.topology import Group, Topology, build_topology
 from megalm.parallel.zero import ModelParallelUnit, ZeroEngine, deepspeed_config, import_deepspeed
 from megalm.testing import run_distributed
-from tests.parallel.tiny import LR, Toy, adamw, skip_muon, toy_groups, toy_losses
+from tests.parallel.tiny import LR, Toy, adamw, toy_groups, toy_losses
 
 pytestmark = pytest.mark.dist
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -36,7 +38,6 @@ def probe(look: Callable[[Topology], Any]) -> Callable[[Topology], Any]:
 
 
 def look_at_everything(rank: int, world_size: int) -> dict[str, Any]:
-    skip_muon()
     topology = build_topology(ParallelConfig(), torch.device("cpu"))
     seen = {}
     for name, look in PROBES.items():
@@ -349,9 +350,10 @@ def true_norm(without: str = "") -> float:
 
 @probe
 def norms(topology: Topology) -> dict:
-    """Two pipeline stages of the same Toy each; `first.weight` of the last one is a tied copy."""
+    """Two pipeline stages of the same Toy each; `first.weight` of the last one is a tied copy, its gradient not summed."""
     stages = build_topology(ParallelConfig(pipeline_parallel=2), torch.device("cpu"))
-    copy_of = "first.weight" if stages.pipeline.is_last else None
+    stages = dataclasses.replace(stages, embedding=Group((topology.rank,), 0))
+    tie = Tie("first.weight", "the first stage's") if stages.pipeline.is_last else None
     found: dict = {"model rank": build(stages, 3, kind=Uncorrected).optimizer.model_parallel_rank}
     found["corrected rank"] = build(stages, 3).optimizer.model_parallel_rank
     found["uncorrected"] = norm_of(build(stages, 3, kind=Uncorrected))
@@ -360,9 +362,9 @@ def norms(topology: Topology) -> dict:
         def _correct_stage3_norm(self) -> None:
             self.optimizer.model_parallel_rank = self.topology.tensor.rank
 
-    found["rank only"] = norm_of(build(stages, 3, kind=RankOnly, tied_copy=copy_of))
+    found["rank only"] = norm_of(build(stages, 3, kind=RankOnly, tie=tie))
     for stage in (1, 2, 3):
-        found[stage] = norm_of(build(stages, stage, tied_copy=copy_of))
+        found[stage] = norm_of(build(stages, stage, tie=tie))
     return found
 
 
