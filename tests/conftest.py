@@ -1,10 +1,13 @@
-"""Tests that need a machine which is not here are skipped, and say why."""
+"""Tests that need a machine which is not here are skipped, and say why. Every process gets one CPU thread."""
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks that spin for each other on few cores cost minutes
 
 
 def _has_gpu() -> bool:

@@ -59,14 +59,16 @@ def test_one_rank_without_zero_does_not_import_deepspeed(job, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("samples", "expected"), [(1, 1), (4, 1), (5, 2), (8, 2)])
-def test_evaluation_rounds_up_to_whole_microbatches(samples: int, expected: int, job) -> None:
+def test_evaluation_rounds_up_to_whole_batches(samples: int, expected: int, job) -> None:
     built = job({"train.eval_every": 1, "train.eval_samples": samples, "train.micro_batch_size": 4})
     assert built.evaluator.schedule.num_microbatches == expected
-    assert built.valid_loader is not None and len(built.valid_loader.step(0)) == expected
+    assert [batch.samples.tolist() for batch in built.valid_batches] == [
+        list(range(4 * i, 4 * i + 4)) for i in range(expected)
+    ]
 
 
-def test_without_evaluation_there_is_no_validation_loader(job) -> None:
-    assert job().valid_loader is None
+def test_without_evaluation_no_validation_sample_is_read(job) -> None:
+    assert job().valid_batches == []
 
 
 def test_stages_hold_their_parts_and_their_names(make) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from megalm.checkpoint.sharded import LATEST, find_checkpoint, read_manifest
+from megalm.checkpoint.state import RunState
 from megalm.train import hooks
 from megalm.train.pretrain import pretrain
-from megalm.train.trainer import Trainer
+from megalm.train.trainer import Evaluation, Trainer
 
 
 def saved(config) -> list[int]:
@@ -153,6 +155,32 @@ def test_early_stopping(make, records, capsys: pytest.CaptureFixture) -> None:
     pretrain(config)
     assert "nothing to do" in capsys.readouterr().out
     assert len(records(config)) == 2 * len(losses)
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "steps"),
+    [
+        ([3, 4, 2, 2.5, 2.2], 2, 5),  # a gain in between begins the count anew
+        ([3, 3, 3], 2, 3),  # an equal loss is no gain
+        ([3, 4, 5], 0, 0),
+        ([3, 4], 1, 2),
+    ],
+)
+def test_patience(losses: list[float], patience: int, steps: int) -> None:
+    """With planned losses: the number of evaluations after which it stops; 0: it does not."""
+    state, left = RunState(), iter(losses)
+    evaluate = lambda: Evaluation(next(left), 1.0, None)  # noqa: E731
+    train = SimpleNamespace(eval_every=1, patience=patience)
+    trainer = SimpleNamespace(state=state, config=SimpleNamespace(train=train), evaluate=evaluate)
+    logging = SimpleNamespace(write=lambda record: None, meter=SimpleNamespace(pause=lambda seconds: None))
+    stopped = 0
+    for state.step in range(1, len(losses) + 1):
+        hooks.Evaluating(logging).after_step(trainer, None)  # type: ignore[arg-type]
+        if state.stopped_early:
+            stopped = state.step
+            break
+    assert stopped == steps
+    assert state.best_valid_loss == min(losses)
 
 
 def test_patience_counts_on_after_a_resumption(make, records, stop_in_step) -> None:

@@ -75,7 +75,7 @@ def test_evaluation_by_hand(make, records) -> None:
     model = load_model(folder, read_manifest(folder), torch.device("cpu")).double()
     corpus = open_corpus(config.data, 300)
     assert corpus.valid is not None and corpus.tokenizer is not None
-    rows = torch.stack([torch.from_numpy(corpus.valid.sample(n)) for n in range(8)])  # 6, rounded up to microbatches of 4
+    rows = torch.stack([torch.from_numpy(corpus.valid.sample(n)) for n in range(8)])  # 6, rounded up to batches of 4
     nats = float(F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
     text = "".join(corpus.tokenizer.decode([token]) for token in rows[:, 1:].flatten().tolist())  # the corpus is ASCII
     last = evaluations[-1]
