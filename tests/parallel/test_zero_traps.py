@@ -74,9 +74,6 @@ def raised(function: Callable[[], Any]) -> str:
     return "nothing"
 
 
-# --- the configuration ------------------------------------------------------------------------------------------------
-
-
 @probe
 def typo(topology: Topology) -> list:
     engine = initialize(topology, 1, gradient_cliping=0.5, zero_optimisation={"stage": 3}, gradient_clipping=None)
@@ -189,9 +186,6 @@ def said(topology: Topology) -> list[str]:
 def test_engines_are_built_in_silence(seen):
     """import_deepspeed: the bf16 optimizer prints the memory in use a dozen times."""
     assert seen("said") == [[], []]
-
-
-# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 @probe
@@ -323,9 +317,6 @@ def test_zero3_talks_to_the_whole_world_in_the_roots_forward_only(seen):
     assert seen("root_forward") == [[0, 1]] * 2
 
 
-# --- the global norm --------------------------------------------------------------------------------------------------
-
-
 class Uncorrected(ZeroEngine):
     """Without our overrides of the stage 3 norm."""
 
@@ -383,9 +374,6 @@ def test_zero3_counts_a_tied_copy_and_the_other_stages_do_not(seen):
     for found in seen("norms"):
         assert found["rank only"] == pytest.approx(both, rel=1e-6)
         assert [found[stage] for stage in (1, 2, 3)] == pytest.approx([once] * 3, rel=1e-6)
-
-
-# --- state ------------------------------------------------------------------------------------------------------------
 
 
 def state_is_linked(engine: ZeroEngine, name: str) -> bool:
