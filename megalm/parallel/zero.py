@@ -121,11 +121,24 @@ class ZeroEngine(Engine):
             config=deepspeed_config(stage, precision, clip),
             mpu=ModelParallelUnit(topology),
         )
+        self._check_understood(precision, clip)
         self.aliased = type(self.optimizer).__name__ == "BF16_Optimizer"  # bf16 ZeRO-1: flat fp32 gradients of its own
         if stage == 2 and self.low_precision:
             self.optimizer.use_grad_accum_attribute = True  # else gradients pass through a bf16 bucket
         if stage == 3:
             self._correct_stage3_norm()
+
+    def _check_understood(self, precision: torch.dtype, clip: float) -> None:
+        """DeepSpeed takes defaults for keys it does not know, without a word: compare what it says with what was meant."""
+        engine = self.deepspeed
+        understood = {
+            "stage": engine.zero_optimization_stage() == self.stage,
+            "gradient_accumulation_steps": engine.gradient_accumulation_steps() == 1,
+            "gradient_clipping": engine.gradient_clipping() == clip,
+            "communication_data_type": engine.communication_data_type == torch.float32,
+            "bf16": engine.bfloat16_enabled() == (precision == torch.bfloat16),
+        }
+        assert all(understood.values()), f"DeepSpeed did not take what it was given: {understood}"
 
     def _correct_stage3_norm(self) -> None:
         """Stage 3 takes the rank within the model for the tensor rank, and does not know tied copies."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,7 +42,7 @@ class Logging(Hook):
         self.file: TextIO | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        self.losses: list[float] = []  # since the last console line
+        self.losses: deque[float] = deque(maxlen=trainer.config.train.log_every)
         self.meter = SpeedMeter(trainer.config, trainer.topology.world_size, trainer.topology.device)
         if trainer.topology.rank == 0:
             path = Path(trainer.config.train.run_dir) / "metrics.jsonl"
@@ -65,11 +66,15 @@ class Logging(Hook):
             record |= {**vars(speed), "memory_bytes": memory, "time": time.time()}
             flops = f"{speed.tflops_per_rank:.3f} TFLOP/s per rank" + (f"  mfu {speed.mfu:.1%}" if speed.mfu else "")
             log(
-                f"step {step:>6}  loss {sum(self.losses) / len(self.losses):.4f}  lr {result.lr:.2e}  grad norm {norm:.3f}  "
+                f"step {step:>6}  loss {self.recent_loss:.4f}  lr {result.lr:.2e}  grad norm {norm:.3f}  "
                 f"{speed.tokens_per_second:,.0f} tokens/s  {flops}  {memory / 2**30:.2f} GiB"
             )
-            self.losses.clear()
         self.write(record)
+
+    @property
+    def recent_loss(self) -> float:
+        """Mean training loss of the last `log_every` steps of this process."""
+        return sum(self.losses) / max(1, len(self.losses))
 
     def write(self, record: dict[str, Any]) -> None:
         """To metrics.jsonl and every tracker, on rank 0."""

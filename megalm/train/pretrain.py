@@ -69,6 +69,9 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
     logging = Logging(build_trackers(config, resolved) if topology.rank == 0 else [])
     hooks: list[Hook] = [ProgressBar(), logging, Evaluating(logging), Checkpointing(resolved, logging)]
     Trainer(job, state, hooks).fit()
+    unigram = corpus.unigram_entropy
+    yardstick = f"; the corpus's unigram entropy is {unigram:.4f}" if unigram else ""
+    log(f"training loss {logging.recent_loss:.4f} nats per token over the last {len(logging.losses)} steps{yardstick}")
     log(
         f"done: step {state.step} of {config.train.steps}, {state.consumed_tokens:,} tokens; everything is in {run_dir}"
     )
