@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from megalm.config.knobs import knob
 
-SCHEDULES = ("gpipe", "1f1b")
+SCHEDULES = ("gpipe", "1f1b", "interleaved")
+CHUNKED = ("gpipe", "interleaved")  # what runs more than one chunk per rank
 
 
 @dataclass
@@ -20,9 +21,9 @@ class ParallelConfig:
     )
     pipeline_parallel: int = knob(1, "stages, each with a run of layers", minimum=1)
     chunks: int = knob(
-        1, "model chunks per pipeline rank; more than 1 needs schedule=gpipe (looped breadth-first)", minimum=1
+        1, "model chunks per pipeline rank; more than 1: schedule=interleaved, or gpipe (looped breadth-first)", minimum=1
     )
-    schedule: str = knob("1f1b", "order of forwards and backwards in the pipeline", allowed=SCHEDULES)
+    schedule: str = knob("1f1b", "order of forwards and backwards in the pipeline; interleaved: 1f1b with several chunks", allowed=SCHEDULES)
     zero: int = knob(
         0,
         "shared out over the copies. 0: nothing (own engine); DeepSpeed 1: optimizer, 2: + reduced gradients, 3: + weights",
@@ -35,12 +36,12 @@ class ParallelConfig:
         return self.tensor_parallel * self.pipeline_parallel
 
 
-_PART = re.compile(r"(tp|pp|dp|chunks|zero)(\d+)|(sp)|(gpipe|1f1b)")
+_PART = re.compile(r"(tp|pp|dp|chunks|zero)(\d+)|(sp)|(gpipe|1f1b|interleaved)")
 _FIELD = {"tp": "tensor_parallel", "pp": "pipeline_parallel", "chunks": "chunks", "zero": "zero"}
 
 
 def parse_layout(name: str) -> tuple[dict[str, object], int]:
-    """`tp2_sp_pp2_gpipe_dp2_zero3` -> ({fields of ParallelConfig}, data parallel size).
+    """`tp2_sp_pp2_gpipe_dp2_zero3` -> ({fields of ParallelConfig}, data parallel size). `interleaved` alone has 2 chunks.
 
     Raises ValueError with the part it cannot read.
     """
@@ -50,7 +51,7 @@ def parse_layout(name: str) -> tuple[dict[str, object], int]:
         match = _PART.fullmatch(part)
         if match is None:
             raise ValueError(
-                f"cannot read {part!r} in layout {name!r}; parts are tpN, sp, ppN, chunksN, gpipe, 1f1b, dpN, zeroN"
+                f"cannot read {part!r} in layout {name!r}; parts are tpN, sp, ppN, chunksN, gpipe, 1f1b, interleaved, dpN, zeroN"
             )
         if match[1] == "dp":
             data_parallel = int(match[2])
@@ -60,6 +61,8 @@ def parse_layout(name: str) -> tuple[dict[str, object], int]:
             values["sequence_parallel"] = True
         else:
             values["schedule"] = match[4]
+    if values.get("schedule") == "interleaved":
+        values.setdefault("chunks", 2)
     return values, data_parallel
 
 
@@ -70,7 +73,8 @@ def layout_name(parallel: ParallelConfig, data_parallel: int) -> str:
     if parallel.pipeline_parallel > 1:
         parts.append(f"pp{parallel.pipeline_parallel}")
         parts += [parallel.schedule] if parallel.schedule != "1f1b" else []
-        parts += [f"chunks{parallel.chunks}"] if parallel.chunks > 1 else []
+        usual = 2 if parallel.schedule == "interleaved" else 1
+        parts += [f"chunks{parallel.chunks}"] if parallel.chunks != usual else []
     parts += [f"dp{data_parallel}"] if data_parallel > 1 else []
     parts += [f"zero{parallel.zero}"] if parallel.zero else []
     return "_".join(parts) or "single"

@@ -10,6 +10,7 @@ from megalm.config import fields
 from megalm.config.fixes import Change, Rule, broken, cures, divisors, multiples, plan, value_of, with_value
 from megalm.config.layouts import with_layout
 from megalm.config.machine import count_gpus, data_parallel, launched_processes, processes, uses_cuda
+from megalm.config.parallel import CHUNKED
 from megalm.config.run import ParityRun, RunConfig
 from megalm.errors import ConfigError, Problem
 
@@ -210,9 +211,16 @@ RULES: tuple[Rule, ...] = (
         _CHUNKS,
         1,
         "parallel.schedule",
-        lambda c: c.parallel.schedule == "gpipe",
-        ("parallel.schedule", "gpipe"),
-        f"{_CHUNKS} > 1 needs parallel.schedule=gpipe",
+        lambda c: c.parallel.schedule in CHUNKED,
+        ("parallel.schedule", "interleaved"),
+        f"{_CHUNKS} > 1 needs parallel.schedule=interleaved or gpipe",
+    ),
+    Rule(
+        "interleaved_chunks",
+        ("parallel.schedule", _CHUNKS),
+        f"parallel.schedule=interleaved needs {_CHUNKS} > 1: with one chunk it is 1f1b",
+        lambda c: c.parallel.schedule != "interleaved" or c.parallel.chunks > 1,
+        lambda c: [("parallel.schedule", "1f1b"), (_CHUNKS, 2)],
     ),
     _needs(
         "chunks_stages",

@@ -111,7 +111,34 @@ def one_forward_one_backward(ranks: int, microbatches: int, chunks: int = 1) -> 
     return Schedule(ranks, chunks, microbatches, tuple(map(tuple, per_rank)))
 
 
-SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
+def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
+    """Interleaved 1F1B (Narayanan et al. 2021): each rank has several chunks, so the bubble shrinks by their number.
+
+    Microbatches go through the chunks in rounds. A round has at least `ranks` of them (fewer only if there are no more):
+    a shorter one would leave the next chunk waiting for a microbatch that is still on its way, for ever. So any number of
+    microbatches works: they are shared out evenly over the rounds.
+    """
+    count = max(1, microbatches // ranks)
+    rounds = [range(i * microbatches // count, (i + 1) * microbatches // count) for i in range(count)]
+    longest = max(len(members) for members in rounds)
+    per_rank = []
+    for r in range(ranks):
+        stages = _stages_of(r, ranks, chunks)
+        forwards = [Action(FORWARD, s, m) for members in rounds for s in stages for m in members]
+        backwards = [Action(BACKWARD, s, m) for members in rounds for s in reversed(stages) for m in members]
+        warmup = min(2 * (ranks - r - 1) + (chunks - 1) * longest, len(forwards))
+        actions = forwards[:warmup]
+        for forward, backward in zip(forwards[warmup:], backwards, strict=False):
+            actions += [forward, backward]
+        per_rank.append(actions + backwards[len(forwards) - warmup :])
+    return Schedule(ranks, chunks, microbatches, tuple(map(tuple, per_rank)))
+
+
+SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
+    "gpipe": gpipe,
+    "1f1b": one_forward_one_backward,
+    "interleaved": interleaved,
+}
 
 
 def with_communication(schedule: Schedule) -> list[list[Action | Exchange]]:

@@ -30,6 +30,7 @@ BREAKS: dict[str, dict[str, Any]] = {
     "sequence_parallel_used": {"parallel.sequence_parallel": True},
     "layer_per_chunk": {"parallel.pipeline_parallel": 5},
     "chunks_schedule": {"parallel.pipeline_parallel": 2, "parallel.chunks": 2},
+    "interleaved_chunks": {"parallel.pipeline_parallel": 2, "parallel.schedule": "interleaved"},
     "chunks_stages": {"parallel.chunks": 2, "parallel.schedule": "gpipe"},
     "batch_divides": {"train.global_batch_size": 15},
     "sequence_fits": {"data.seq_length": 2048},
@@ -92,6 +93,7 @@ def test_row_raises_and_its_fix_passes(name: str, monkeypatch: pytest.MonkeyPatc
         {},
         {"parallel.tensor_parallel": 2, "parallel.sequence_parallel": True, "parallel.pipeline_parallel": 2},
         {"parallel.pipeline_parallel": 2, "parallel.chunks": 2, "parallel.schedule": "gpipe"},
+        {"parallel.pipeline_parallel": 2, "parallel.chunks": 2, "parallel.schedule": "interleaved"},
         {"model.head_dim": 48, "model.num_heads": 3, "model.num_kv_heads": 1},  # a given head_dim need not divide
         {"model.architecture": "gpt", "model.head_dim": 33},  # learned positions need no pairs
         {"cluster.num_processes": 4, "parallel.zero": 3},
