@@ -21,7 +21,7 @@ class ParallelConfig:
     )
     pipeline_parallel: int = knob(1, "stages, each with a run of layers", minimum=1)
     chunks: int = knob(
-        1, "model chunks per pipeline rank; more than 1: schedule=interleaved, or gpipe (looped breadth-first)", minimum=1
+        1, "model chunks per pipeline rank; more than 1: schedule=interleaved, or gpipe (breadth-first)", minimum=1
     )
     schedule: str = knob("1f1b", "order of forwards and backwards in the pipeline; interleaved: 1f1b with several chunks", allowed=SCHEDULES)
     zero: int = knob(

@@ -21,8 +21,8 @@ from megalm.train.parity import Comparison, compare, parity_command, run_config
 # --- the matrix: real runs in real processes -------------------------------------------------------------------------
 
 LLAMA = (
-    "tp2", "tp2_sp", "pp2_gpipe", "pp2", "pp2_interleaved", "pp2_dp2_zero2", "pp2_dp2_zero3", "tp2_pp2", "dp2", "dp2_zero1", "dp2_zero2",
-    "dp2_zero3", "tp2_dp2",
+    "tp2", "tp2_sp", "pp2_gpipe", "pp2", "pp2_interleaved", "pp2_dp2_zero2", "pp2_dp2_zero3", "tp2_pp2", "tp2_dp2",
+    "dp2", "dp2_zero1", "dp2_zero2", "dp2_zero3",
 )  # fmt: skip
 GPT = ("tp2_sp", "pp2", "pp2_dp2_zero1", "pp2_dp2_zero3", "tp2_pp2", "dp2_zero2")
 FP32 = ("loss_tolerance=1e-5", "norm_tolerance=1e-5", "weight_tolerance=1e-4")
