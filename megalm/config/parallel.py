@@ -23,7 +23,9 @@ class ParallelConfig:
     chunks: int = knob(
         1, "model chunks per pipeline rank; more than 1: schedule=interleaved, or gpipe (breadth-first)", minimum=1
     )
-    schedule: str = knob("1f1b", "order of forwards and backwards in the pipeline; interleaved: 1f1b over chunks", allowed=SCHEDULES)
+    schedule: str = knob(
+        "1f1b", "order of forwards and backwards in the pipeline; interleaved: 1f1b over chunks", allowed=SCHEDULES
+    )
     zero: int = knob(
         0,
         "shared out over the copies. 0: nothing (own engine); DeepSpeed 1: optimizer, 2: + reduced gradients, 3: + weights",
