@@ -93,20 +93,23 @@ def build_topology(config: ParallelConfig, device: torch.device) -> Topology:
         rank=rank,
         world_size=world_size,
         device=device,
-        tensor=_build_group(grid.groups("tensor"), rank),
-        data=_build_group(grid.groups("data"), rank),
-        pipeline=_build_group(grid.groups("pipeline"), rank),
-        model=_build_group(grid.groups("pipeline", "tensor"), rank),
-        embedding=_build_group(grid.embedding_groups(), rank),
+        tensor=_build_group(grid.groups("tensor"), rank, device),
+        data=_build_group(grid.groups("data"), rank, device),
+        pipeline=_build_group(grid.groups("pipeline"), rank, device),
+        model=_build_group(grid.groups("pipeline", "tensor"), rank, device),
+        embedding=_build_group(grid.embedding_groups(), rank, device),
         sequence_parallel=config.sequence_parallel and config.tensor_parallel > 1,
     )
 
 
-def _build_group(all_ranks: list[tuple[int, ...]], rank: int) -> Group:
+def _build_group(all_ranks: list[tuple[int, ...]], rank: int, device: torch.device) -> Group:
     """Make every group of one kind (each rank must take part in making all of them); return this rank's."""
     mine = Group((rank,), 0)
     for ranks in all_ranks:
         handle = dist.new_group(list(ranks)) if len(ranks) > 1 else None
         if rank in ranks:
             mine = Group(ranks, ranks.index(rank), handle)
+    if mine.handle is not None:
+        # NCCL makes a communicator at its first use, and then needs all its ranks: a pipeline's first transfer has two.
+        dist.all_reduce(torch.zeros(1, device=device), group=mine.handle)
     return mine
