@@ -31,7 +31,9 @@ def fail(error: MegalmError) -> NoReturn:
 
 def _report(error: MegalmError) -> None:
     """A faulty config is the same on all ranks: one prints it."""
-    if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
+    from megalm.log import this_rank
+
+    if this_rank() == 0 or not isinstance(error, ConfigError):
         print(error, file=sys.stderr, flush=True)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,15 @@ class RunError(MegalmError):
 
     kind = "run error"
     exit_code = 1
+
+
+@contextmanager
+def writing(path: Path, key: str = "train.run_dir") -> Iterator[None]:
+    """Around writing files of a run: what the file system refuses (permission, full disk) names the file and the key."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        rule = f"cannot write {where}: {error.strerror or error}"
+        fix = f"make room or give permission there, or {key}=<another folder>"
+        raise RunError(Problem(key, path, rule, "", fix)) from error

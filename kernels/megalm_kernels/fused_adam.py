@@ -39,7 +39,7 @@ def _fused_adam_torch(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
     step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    steps_done = torch.tensor(float(step - 1), device=param.device)  # torch counts it up itself
+    steps_done = torch.full((), step - 1.0, device=param.device)  # torch counts it up itself
     adamw(
         [param], [grad], [exp_avg], [exp_avg_sq], [], [steps_done], fused=True, amsgrad=False,
         beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,

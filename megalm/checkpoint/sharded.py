@@ -15,6 +15,7 @@ under a temporary name and renamed when it is complete; `latest` is replaced aft
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -58,7 +59,10 @@ def write_pieces(folder: Path, rank: int, tensors: dict[str, tuple[Tensor, tuple
     """Write one rank's pieces, {key: (tensor, global shape, offset)}, and a JSON note that `write_manifest` collects."""
     name = f"rank-{rank:05d}.safetensors"
     data = {key: tensor.detach().cpu().contiguous() for key, (tensor, _, _) in tensors.items()}
-    save_file(data, folder / name)
+    try:
+        save_file(data, folder / name)
+    except SafetensorError as error:  # a full disk, for example
+        raise OSError(None, str(error), str(folder / name)) from error
     notes = [
         {
             "key": key,
@@ -73,14 +77,25 @@ def write_pieces(folder: Path, rank: int, tensors: dict[str, tuple[Tensor, tuple
     _sync(folder / name)
 
 
-def write_manifest(folder: Path, state: dict[str, Any], config: dict[str, Any]) -> None:
-    """Collect the ranks' notes into the manifest. Call once all ranks have written their pieces."""
-    manifest = Manifest(state, config)
-    for note_file in sorted(folder.glob("rank-*.json")):
+def write_manifest(folder: Path, state: dict[str, Any], config: dict[str, Any], ranks: int | None = None) -> None:
+    """Collect the ranks' notes into the manifest. Call once all ranks have written their pieces.
+
+    Raises OSError if the notes of `ranks` ranks are not all to be seen here, or if a tensor is not covered: a checkpoint
+    that misses a piece must not become the latest.
+    """
+    manifest, notes = Manifest(state, config), sorted(folder.glob("rank-*.json"))
+    if ranks is not None and len(notes) != ranks:
+        raise OSError(None, f"{len(notes)} of {ranks} ranks' files are here; all ranks must share one folder", str(folder))
+    covered: dict[str, int] = {}
+    for note_file in notes:
         for note in json.loads(note_file.read_text()):
             manifest.tensors[note["key"]] = tuple(note["global_shape"])
             manifest.pieces.setdefault(note["key"], []).append(note["piece"])
+            covered[note["key"]] = covered.get(note["key"], 0) + math.prod(note["piece"]["shape"])
         note_file.unlink()
+    for key, shape in manifest.tensors.items():
+        if covered[key] != math.prod(shape):
+            raise OSError(None, f"the pieces of {key} do not cover its shape {shape}", str(folder))
     content = {"format": FORMAT, **vars(manifest)}
     (folder / MANIFEST).write_text(json.dumps({"crc32": _text_crc(content), "manifest": content}, indent=1) + "\n")
     _sync(folder / MANIFEST)
@@ -90,6 +105,7 @@ def publish(temporary: Path, folder: Path) -> None:
     """Give a complete checkpoint its name, then point `latest` at it."""
     if folder.exists():  # of a run that went back to an earlier one; `latest` does not name it
         _remove(folder)
+    _sync(temporary)
     os.replace(temporary, folder)
     pointer = folder.parent / (LATEST + ".tmp")
     pointer.write_text(folder.name + "\n")
@@ -98,12 +114,17 @@ def publish(temporary: Path, folder: Path) -> None:
     _sync(folder.parent)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints (0: none), and what interrupted saves have left."""
+def prune(folder: Path, keep: int, newest: Path | None = None) -> None:
+    """Delete all but the `keep` newest checkpoints (0: none), and what interrupted saves have left.
+
+    `newest` is the one just published. Later steps belong to a future that the run has left by going back: they go too.
+    """
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
     complete = sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
-    for old in complete[:-keep] if keep else []:
+    left = [path for path in complete if newest is not None and path.name > newest.name]
+    past = [path for path in complete if path not in left]
+    for old in left + (past[:-keep] if keep else []):
         _remove(old)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megalm.checkpoint.reshard import read_box
 from megalm.checkpoint.sharded import Manifest, prune, publish, read_manifest, write_manifest, write_pieces
-from megalm.errors import CheckpointError, Problem
+from megalm.errors import CheckpointError, Problem, writing
 from megalm.parallel.engine import MOMENTS, WEIGHT, Engine
 from megalm.parallel.tensor_parallel import shard_of
 
@@ -38,7 +38,15 @@ class RunState:
 
 
 def save_checkpoint(root: Path, engine: Engine, state: RunState, config: dict[str, Any], keep: int) -> Path:
-    """Write `root/step-NNNNNNNN`. Collective over all ranks; the parts of one parameter's copies are written by turns."""
+    """Write `root/step-NNNNNNNN`. Collective over all ranks; the parts of one parameter's copies are written by turns.
+
+    Raises RunError if the file system refuses; the checkpoints before it are untouched.
+    """
+    with writing(root):
+        return _save(root, engine, state, config, keep)
+
+
+def _save(root: Path, engine: Engine, state: RunState, config: dict[str, Any], keep: int) -> Path:
     folder, topology = root / f"step-{state.step:08d}", engine.topology
     temporary = root / f".{folder.name}.tmp"
     if topology.rank == 0:
@@ -48,18 +56,17 @@ def save_checkpoint(root: Path, engine: Engine, state: RunState, config: dict[st
     pieces = {}
     for index, name in enumerate(engine.parameters):
         shard = shard_of(engine.parameters[name])
-        offset = tuple(shard.start if dim == shard.dim else 0 for dim in range(len(shard.global_shape)))
         writes = index % topology.data.size == topology.data.rank and engine.counts_in_norm(name)
         for kind in _kinds(engine.steps_done):
             value = engine.read(name, kind)  # collective over data parallel
             if writes:
-                pieces[f"{kind}/{name}"] = (value, shard.global_shape, offset)
+                pieces[f"{kind}/{name}"] = (value.cpu(), shard.global_shape, shard.offset)
     write_pieces(temporary, topology.rank, pieces)
     dist.barrier()
     if topology.rank == 0:
-        write_manifest(temporary, asdict(state), config)
+        write_manifest(temporary, asdict(state), config, topology.world_size)
         publish(temporary, folder)
-        prune(root, keep)
+        prune(root, keep, folder)
     dist.barrier()
     return folder
 
@@ -76,9 +83,8 @@ def load_checkpoint(folder: Path, engine: Engine, model_config: dict[str, Any]) 
         engine.prepare_load(state.step)
     for name, parameter in engine.parameters.items():
         shard, shape = shard_of(parameter), engine.shapes[name]
-        offset = tuple(shard.start if dim == shard.dim else 0 for dim in range(len(shape)))
         for kind in _kinds(state.step):
-            value = read_box(folder, manifest, f"{kind}/{engine.saved_name(name)}", offset, shape)
+            value = read_box(folder, manifest, f"{kind}/{engine.saved_name(name)}", shard.offset, shape)
             engine.write(name, kind, value.to(engine.topology.device))
     engine.finish_load()
     return state

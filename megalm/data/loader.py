@@ -15,16 +15,19 @@ import torch
 
 from megalm.data.packing import GPTDataset
 
-IGNORED = -100  # a label that does not count in the loss
-
 
 @dataclass(frozen=True)
 class Batch:
     """One microbatch. tokens and labels are None where this rank does not read (middle stages of a pipeline)."""
 
     tokens: torch.Tensor | None  # (B, S) int64
-    labels: torch.Tensor | None  # (B, S) int64, the token that follows; IGNORED: not counted
+    labels: torch.Tensor | None  # (B, S) int64, the token that follows; -100: not counted
     samples: torch.Tensor  # (B,) int64, global sample numbers
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; from pinned memory the copy does not stop the host."""
+        move = lambda x: None if x is None else x.to(device, non_blocking=True)  # noqa: E731
+        return Batch(move(self.tokens), move(self.labels), self.samples.to(device, non_blocking=True))
 
 
 class Loader:
@@ -41,6 +44,7 @@ class Loader:
         data_rank: int,
         data_size: int,
         reads: bool = True,
+        pinned: bool = False,
     ):
         assert global_batch_size % (micro_batch_size * data_size) == 0, "checked by the configuration"
         assert 0 <= data_rank < data_size
@@ -49,7 +53,7 @@ class Loader:
         self.micro_batch_size = micro_batch_size
         self.samples_per_rank = global_batch_size // data_size
         self.data_rank = data_rank
-        self.reads = reads
+        self.reads, self.pinned = reads, pinned  # pinned memory copies to a GPU without stopping the host
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megalm-loader")
         self._next: tuple[int, Future[list[Batch]]] | None = None
 
@@ -77,4 +81,5 @@ class Loader:
         if not self.reads:
             return Batch(None, None, samples)
         rows = torch.from_numpy(self.dataset.samples(numbers))  # (B, S + 1)
-        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), samples)
+        tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return Batch(tokens.pin_memory(), labels.pin_memory(), samples) if self.pinned else Batch(tokens, labels, samples)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import megalm_kernels
 from megalm.checkpoint.reshard import read_whole
 from megalm.checkpoint.sharded import Manifest, find_checkpoint, read_manifest
 from megalm.config.model import ModelConfig
@@ -27,7 +28,8 @@ def generate_command(config: GenerateConfig) -> None:
     folder = find_checkpoint(Path(config.checkpoint))
     manifest = read_manifest(folder)
     tokenizer = find_tokenizer(config, manifest)
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = find_device(config.device)
+    megalm_kernels.choose("auto", device.type)
     model = load_model(folder, manifest, device)
     prompt = tokenizer.encode(config.prompt)
     check_prompt(prompt, config, model.config)
@@ -41,6 +43,13 @@ def generate_command(config: GenerateConfig) -> None:
         count += len(tokens)
         log(f"--- sample {sample + 1}\n{tokenizer.decode([*prompt, *tokens])}")
     log(f"--- {count} tokens, {count / (time.perf_counter() - start):.1f} tokens/s on {device.type}")
+
+
+def find_device(wanted: str) -> torch.device:
+    """The device to run on. Raises ConfigError if a GPU is asked for and there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(Problem("generate.device", wanted, "torch sees no GPU here", "auto, cpu", "generate.device=auto"))
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def load_model(folder: Path, manifest: Manifest, device: torch.device) -> Decoder:

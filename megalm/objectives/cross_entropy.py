@@ -29,7 +29,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         elsewhere = (labels < start) | (labels >= start + length)
         column = (labels - start).masked_fill(elsewhere, 0)
         picked = x.gather(-1, column.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-        exponentials = x.exp()
+        exponentials = x.exp_()  # x is ours: the subtraction made it
         sums = torch.stack((picked, exponentials.sum(-1)))  # both in one all-reduce
         picked, total = all_reduce(sums, group)
         counted = labels != IGNORE
@@ -42,8 +42,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         """d loss / d logit = softmax - 1 at the label."""
         softmax, column, elsewhere, counted = ctx.saved_tensors
         here = (~elsewhere).to(softmax.dtype).unsqueeze(-1)
-        gradient = softmax.scatter_add(-1, column.unsqueeze(-1), -here)
-        return (gradient * (grad * counted).unsqueeze(-1)).to(ctx.dtype), None, None
+        gradient = softmax.scatter_add_(-1, column.unsqueeze(-1), -here)  # in place: there is one backward per forward
+        return gradient.mul_((grad * counted).unsqueeze(-1)).to(ctx.dtype), None, None
 
 
 def token_losses(logits: Tensor, labels: Tensor, group: Group) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megalm.config.train import ClusterConfig
-from megalm.errors import Problem, RunError
+from megalm.errors import ConfigError, Problem, RunError
 
 _SETTLE_SECONDS = 0.3  # gloo's threads must let go of Python objects before the interpreter ends, or it aborts
 
@@ -42,6 +42,11 @@ def find_place(environ: dict[str, str]) -> Place:
     served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = environ.get("TORCHELASTIC_RESTART_COUNT") or environ.get("SLURM_RESTART_COUNT") or "0"
     if "RANK" in environ:
+        missing = [k for k in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in environ]
+        if missing:
+            rule = "a launcher that sets RANK must set WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT too"
+            what = f"{rule}; missing: {', '.join(missing)}"
+            raise ConfigError(Problem("RANK", environ["RANK"], what, "", "unset RANK, or use torchrun"))
         rank, world, local = (int(environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         return Place(rank, world, local, environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), attempt, served)
     if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -63,9 +68,10 @@ def start_process_group(config: ClusterConfig) -> torch.device:
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed asserts it
     _die_with_parent()
     use_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", place.local_rank) if use_gpu else torch.device("cpu")
+    device = _find_gpu(place) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes its device from there
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if config.threads:
@@ -78,6 +84,16 @@ def start_process_group(config: ClusterConfig) -> torch.device:
     return device
 
 
+def _find_gpu(place: Place) -> torch.device:
+    """This rank's GPU. Raises ConfigError where there is none for it."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    bound = count == 1 and "MEGALM_LAUNCHER" not in os.environ  # srun --gpus-per-task=1 shows each task only its own
+    if place.local_rank >= count and not bound:
+        rule = f"rank {place.rank} needs GPU {place.local_rank} of this machine, and torch sees {count}"
+        raise ConfigError(Problem("cluster.device", "cuda", rule, "", "fewer processes per machine, or cluster.device=cpu"))
+    return torch.device("cuda", 0 if bound else place.local_rank)
+
+
 def _open_store(place: Place, timeout: timedelta) -> dist.Store:
     if place.world_size == 1:
         return dist.HashStore()
@@ -88,7 +104,8 @@ def _open_store(place: Place, timeout: timedelta) -> dist.Store:
         where = f"{place.address}:{place.port}"
         rule = "rank 0 must be able to listen there" if serves else "every rank must reach rank 0's rendezvous"
         fix = "cluster.port=0 (any free port), or another MASTER_PORT"
-        raise RunError(Problem("MASTER_ADDR:MASTER_PORT", where, rule, str(error).splitlines()[0], fix)) from error
+        problem = Problem("MASTER_ADDR:MASTER_PORT", where, f"{rule} ({str(error).splitlines()[0]})", "", fix)
+        raise (ConfigError if serves else RunError)(problem) from error
 
 
 def stop_process_group() -> None:

@@ -36,14 +36,18 @@ def all_gather(x: Tensor, group: Group, dim: int = 0) -> Tensor:
         return x
     parts = torch.empty((group.size, *x.shape), dtype=x.dtype, device=x.device)
     _all_gather_flat(parts.view(-1), x.contiguous().view(-1), group=group.handle)
-    return parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim=dim)
+    if x.shape[:dim].numel() == 1:  # nothing in front of `dim`: the parts lie in order already
+        shape = list(x.shape)
+        shape[dim] *= group.size
+        return parts.view(shape)
+    return torch.cat(parts.unbind(0), dim=dim)
 
 
 def reduce_scatter(x: Tensor, group: Group, dim: int = 0) -> Tensor:
     """Sum over the group; this rank keeps its slice of `dim`, which must divide by the group's size."""
     if group.size == 1:
         return x
-    parts = torch.stack(x.chunk(group.size, dim)) if dim != 0 else x.contiguous()
+    parts = x.contiguous() if x.shape[:dim].numel() == 1 else torch.stack(x.chunk(group.size, dim))
     out = torch.empty(x.numel() // group.size, dtype=x.dtype, device=x.device)
     _reduce_scatter_flat(out, parts.view(-1), group=group.handle)
     shape = list(x.shape)
@@ -59,13 +63,13 @@ class _CopyToRegion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad.contiguous().clone(), ctx.group), None
+        return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
 
 
 class _SumFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return all_reduce(x.contiguous().clone(), group)
+        return all_reduce(x.clone(memory_format=torch.contiguous_format), group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

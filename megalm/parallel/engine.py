@@ -139,6 +139,7 @@ class PlainEngine(Engine):
                 parameter.data = self.weights[name]
             else:
                 parameter.grad_dtype = torch.float32
+        self._moment_views: dict[str, dict[str, Tensor]] = {}
         self.masters = [nn.Parameter(flat) for flat in self.flat_weights]
         self.optimizer = make_optimizer(
             [{"params": [m], "weight_decay": g.weight_decay} for m, g in zip(self.masters, groups, strict=True)]
@@ -199,6 +200,7 @@ class PlainEngine(Engine):
 
     def prepare_load(self, steps_done: int) -> None:
         self.steps_done = steps_done
+        self._moment_views.clear()
         for master in self.masters:
             self.optimizer.state[master] = initial_state(master, steps_done)
 
@@ -209,7 +211,10 @@ class PlainEngine(Engine):
             torch._foreach_copy_([p for p, _ in low], [w for _, w in low])
 
     def _moments(self, kind: str) -> dict[str, Tensor]:
-        return self._views([self.optimizer.state[master][kind] for master in self.masters])
+        """Views of one kind of moment, made once: the optimizer updates its state in place."""
+        if kind not in self._moment_views:
+            self._moment_views[kind] = self._views([self.optimizer.state[master][kind] for master in self.masters])
+        return self._moment_views[kind]
 
 
 def initial_state(parameter: Tensor, steps_done: int) -> dict[str, Tensor]:

@@ -25,6 +25,11 @@ class Shard:
     start: int = 0  # first index held along `dim`
     sequence_partial: bool = False  # its gradient covers a slice of the sequence only: sum it over the tensor group
 
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """Where this part begins in the whole."""
+        return tuple(self.start if dim == self.dim else 0 for dim in range(len(self.global_shape)))
+
     def slice_of(self, whole: Tensor, length: int) -> Tensor:
         """This rank's part of the whole tensor; `length` is the local size along `dim`."""
         return whole if self.dim is None else whole.narrow(self.dim, self.start, length)

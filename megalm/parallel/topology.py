@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -83,9 +84,16 @@ class Grid:
         return [tuple(dict.fromkeys((ranks[0], ranks[-1]))) for ranks in self.groups("pipeline")]
 
 
-def build_topology(config: ParallelConfig, device: torch.device) -> Topology:
-    """Make the process groups of this run. Collective: every rank of the initialised default group calls it."""
+def build_topology(config: ParallelConfig, device: torch.device, timeout: timedelta | None = None) -> Topology:
+    """Make the process groups of this run. Collective: every rank of the initialised default group calls it.
+
+    `timeout` of the groups' collectives: torch gives new groups the backend's default, not that of the default group.
+    """
     world_size, rank = dist.get_world_size(), dist.get_rank()
+
+    def group(all_ranks: list[tuple[int, ...]]) -> Group:
+        return _build_group(all_ranks, rank, device, timeout)
+
     data = world_size // config.model_parallel
     grid = Grid(config.pipeline_parallel, data, config.tensor_parallel)
     assert grid.world_size == world_size, f"{grid} does not fill {world_size} processes"
@@ -93,20 +101,22 @@ def build_topology(config: ParallelConfig, device: torch.device) -> Topology:
         rank=rank,
         world_size=world_size,
         device=device,
-        tensor=_build_group(grid.groups("tensor"), rank, device),
-        data=_build_group(grid.groups("data"), rank, device),
-        pipeline=_build_group(grid.groups("pipeline"), rank, device),
-        model=_build_group(grid.groups("pipeline", "tensor"), rank, device),
-        embedding=_build_group(grid.embedding_groups(), rank, device),
+        tensor=group(grid.groups("tensor")),
+        data=group(grid.groups("data")),
+        pipeline=group(grid.groups("pipeline")),
+        model=group(grid.groups("pipeline", "tensor")),
+        embedding=group(grid.embedding_groups()),
         sequence_parallel=config.sequence_parallel and config.tensor_parallel > 1,
     )
 
 
-def _build_group(all_ranks: list[tuple[int, ...]], rank: int, device: torch.device) -> Group:
+def _build_group(
+    all_ranks: list[tuple[int, ...]], rank: int, device: torch.device, timeout: timedelta | None
+) -> Group:
     """Make every group of one kind (each rank must take part in making all of them); return this rank's."""
     mine = Group((rank,), 0)
     for ranks in all_ranks:
-        handle = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        handle = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
         if rank in ranks:
             mine = Group(ranks, ranks.index(rank), handle)
     if mine.handle is not None:

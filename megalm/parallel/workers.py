@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalm.config.machine import processes
+from megalm.config.machine import launched_processes, processes
 from megalm.config.run import RunConfig
 from megalm.errors import ConfigError, MegalmError, Problem, RunError
 
@@ -26,10 +26,9 @@ _NOTE_SECONDS = 1.0  # how long to wait for other workers' notes, so that the ca
 _GRACE_SECONDS = 3.0  # between SIGTERM and SIGKILL
 
 
-def in_worker(environ: dict[str, str] | None = None) -> bool:
+def in_worker() -> bool:
     """Whether a launcher (torchrun, srun, or `start_workers`) has started this process as one rank."""
-    environ = dict(os.environ) if environ is None else environ
-    return "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return launched_processes() > 0
 
 
 def start_workers(module: str, arguments: Sequence[str], config: RunConfig, quiet: bool = False) -> None:
@@ -46,7 +45,7 @@ def start_workers(module: str, arguments: Sequence[str], config: RunConfig, quie
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port(config.cluster.port)),
         "WORLD_SIZE": str(num_processes),
-        "OMP_NUM_THREADS": str(config.cluster.threads or max(1, (os.cpu_count() or 1) // num_processes)),
+        "OMP_NUM_THREADS": str(config.cluster.threads or max(1, len(os.sched_getaffinity(0)) // num_processes)),
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "MEGALM_LAUNCHER": str(log_dir),
@@ -166,6 +165,7 @@ def _end(workers: list[subprocess.Popen]) -> None:
 def _free_port(port: int) -> int:
     """`port` if it is free, any free one if it is 0. Raises ConfigError if it is taken."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of a run that has just ended is free
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:

@@ -102,7 +102,7 @@ class ZeroEngine(Engine):
         tie: Tie | None = None,
     ):
         super().__init__(groups, topology, tie)
-        self.stage = stage
+        self.stage, self._moments_linked = stage, False
         precision = next(iter(self.parameters.values())).dtype
         self.low_precision = precision != torch.float32
         for name, parameter in self.parameters.items():
@@ -230,6 +230,7 @@ class ZeroEngine(Engine):
         inner = self.optimizer.optimizer
         for flat in self._flat_masters():
             inner.state[flat] = initial_state(flat, steps_done)
+        self._moments_linked = False
         self._link_moments()
 
     def finish_load(self) -> None:
@@ -251,6 +252,7 @@ class ZeroEngine(Engine):
 
     def _link_moments(self) -> None:
         """DeepSpeed links moments to parameters after the first group's step only, and the other groups stay unlinked."""
-        if self.stage != 3 and self.optimizer.optimizer.state:
+        if self.stage != 3 and self.optimizer.optimizer.state and not self._moments_linked:
+            self._moments_linked = True
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()

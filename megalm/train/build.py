@@ -45,12 +45,15 @@ class Job:
     corpus: Corpus
 
 
-def build_job(config: RunConfig, topology: Topology, corpus: Corpus) -> Job:
-    """Model -> stages -> slices -> weights -> engine -> schedule -> loaders."""
+def build_job(config: RunConfig, topology: Topology, corpus: Corpus, draw: bool = True) -> Job:
+    """Model -> stages -> slices -> weights -> engine -> schedule -> loaders.
+
+    Without `draw` the weights are zeros, for a checkpoint to fill in: drawing a large model takes minutes.
+    """
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
     stages = parallel.pipeline_parallel * parallel.chunks
     chunks = nn.ModuleList(
-        build_stage(config, topology, chunk * parallel.pipeline_parallel + topology.pipeline.rank, stages, dtype)
+        build_stage(config, topology, chunk * parallel.pipeline_parallel + topology.pipeline.rank, stages, dtype, draw)
         for chunk in range(parallel.chunks)
     )
     batch_size = config.train.global_batch_size
@@ -64,26 +67,32 @@ def build_job(config: RunConfig, topology: Topology, corpus: Corpus) -> Job:
         PipelineExecutor(s, topology.pipeline, hidden, dtype, topology.device) for s in (schedule, eval_schedule)
     )
     loader = build_loader(config, topology, corpus.train, batch_size)
-    valid = build_loader(config, topology, corpus.valid, eval_samples).read(0) if config.train.eval_every and corpus.valid else []
+    valid: list[Batch] = []
+    if config.train.eval_every and corpus.valid:
+        valid = [batch.to(topology.device) for batch in build_loader(config, topology, corpus.valid, eval_samples).read(0)]
     engine = build_engine(config, topology, chunks)
     return Job(config, topology, chunks, engine, executor, evaluator, loader, valid, corpus)
 
 
-def build_stage(config: RunConfig, topology: Topology, stage: int, num_stages: int, dtype: torch.dtype) -> nn.Module:
-    """One pipeline stage, sliced for this tensor rank, with its initial weights."""
+def build_stage(
+    config: RunConfig, topology: Topology, stage: int, num_stages: int, dtype: torch.dtype, draw: bool = True
+) -> nn.Module:
+    """One pipeline stage, sliced for this tensor rank, with its initial weights, or zeros."""
     with torch.device("meta"):
         model = build_model(config.model)
     apply_stage(model, stage, num_stages)
     apply_tensor_parallel(model, PLANS[config.model.architecture], topology)
     model.tie()
-    apply_initial_weights(model, config, dtype, topology.device)
+    apply_initial_weights(model, config, dtype, topology.device, draw)
     for module in model.modules():
         if isinstance(module, Dropout):
             module.seed = config.train.seed
     return model
 
 
-def apply_initial_weights(model: nn.Module, config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:
+def apply_initial_weights(
+    model: nn.Module, config: RunConfig, dtype: torch.dtype, device: torch.device, draw: bool = True
+) -> None:
     """Replace every meta parameter by its slice of the initial weights, drawn by name: the same on every layout."""
     tied = TIED if config.model.tie_embeddings else {}
     made: dict[int, nn.Parameter] = {}  # a tied parameter has two owners
@@ -92,8 +101,10 @@ def apply_initial_weights(model: nn.Module, config: RunConfig, dtype: torch.dtyp
             name = f"{path}.{leaf}".lstrip(".")
             if id(empty) not in made:
                 shard = shard_of(empty)
-                whole = initial_value(tied.get(name, name), shard.global_shape, config.model, config.train.seed)
-                part = local_slice(empty, tuple(empty.shape), whole)
+                part = torch.zeros(empty.shape)
+                if draw:
+                    whole = initial_value(tied.get(name, name), shard.global_shape, config.model, config.train.seed)
+                    part = local_slice(empty, tuple(empty.shape), whole)
                 made[id(empty)] = nn.Parameter(part.to(device=device, dtype=dtype, copy=True).contiguous())
                 made[id(empty)].shard = shard  # type: ignore[attr-defined]
             setattr(module, leaf, made[id(empty)])
@@ -123,7 +134,8 @@ def build_engine(config: RunConfig, topology: Topology, chunks: nn.ModuleList) -
 def build_loader(config: RunConfig, topology: Topology, dataset: GPTDataset, batch_size: int) -> Loader:
     """Only the ends of the pipeline read tokens; the other stages need the samples' numbers alone."""
     reads = topology.pipeline.is_first or topology.pipeline.is_last
-    return Loader(dataset, batch_size, config.train.micro_batch_size, topology.data.rank, topology.data.size, reads)
+    micro, data, pinned = config.train.micro_batch_size, topology.data, topology.device.type == "cuda"
+    return Loader(dataset, batch_size, micro, data.rank, data.size, reads, pinned)
 
 
 def build_forward(job: Job, batches: list[Batch], divisor: Tensor, losses: list[Tensor]) -> Forward:
@@ -133,11 +145,13 @@ def build_forward(job: Job, batches: list[Batch], divisor: Tensor, losses: list[
 
     def forward(stage: int, microbatch: int, hidden: Tensor | None) -> Tensor:
         batch = batches[microbatch]
-        x = batch.tokens.to(device) if hidden is None else hidden  # type: ignore[union-attr]
-        y = job.chunks[stage // job.topology.pipeline.size](x, positions, batch.samples.to(device))
+        x = batch.tokens if hidden is None else hidden
+        assert x is not None, "the first stage reads"
+        y = job.chunks[stage // job.topology.pipeline.size](x, positions, batch.samples)
         if stage < last:
             return y
-        loss = causal_loss(y, batch.labels.to(device), job.topology.tensor) / divisor  # type: ignore[union-attr]
+        assert batch.labels is not None, "the last stage reads"
+        loss = causal_loss(y, batch.labels, job.topology.tensor) / divisor
         losses.append(loss.detach())
         return job.engine.scale_loss(loss)
 

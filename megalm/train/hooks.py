@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megalm.checkpoint.sharded import LATEST
 from megalm.checkpoint.state import save_checkpoint
+from megalm.errors import writing
 from megalm.log import log
 from megalm.train.metrics import SpeedMeter, peak_memory_bytes
 from megalm.train.tracking import Tracker
@@ -46,8 +47,9 @@ class Logging(Hook):
         self.meter = SpeedMeter(trainer.config, trainer.topology.world_size, trainer.topology.device)
         if trainer.topology.rank == 0:
             path = Path(trainer.config.train.run_dir) / "metrics.jsonl"
-            _cut_back(path, trainer.state.step)
-            self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed in on_end
+            with writing(path):
+                _cut_back(path, trainer.state.step)
+                self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed in on_end
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         step, device = trainer.state.step, trainer.topology.device
@@ -79,7 +81,8 @@ class Logging(Hook):
     def write(self, record: dict[str, Any]) -> None:
         """To metrics.jsonl and every tracker, on rank 0."""
         if self.file is not None:
-            self.file.write(json.dumps(record) + "\n")
+            with writing(Path(self.file.name)):
+                self.file.write(json.dumps(record) + "\n")
             for tracker in self.trackers:
                 tracker.log(record)
 

@@ -12,7 +12,10 @@ from megalm.config.run import RunConfig
 from megalm.models.count import count_flops_per_token
 
 # Dense bf16 peak in TFLOP/s by a part of the device's name, most specific first. Source: NVIDIA's data sheets.
-_PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
+_PEAK_TFLOPS = {
+    "H200 NVL": 835.5, "H100 NVL": 835.5, "H100 PCIe": 756.0, "H200": 989.4, "H100": 989.4, "A100": 312.0, "L40S": 362.0,
+    "B200": 2250.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

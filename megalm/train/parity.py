@@ -58,7 +58,8 @@ def parity_command(config: ParityRun) -> None:
     if problems:
         raise ConfigError(*problems)
     work = Path(config.parity.work_dir)
-    shutil.rmtree(work, ignore_errors=True)
+    make_folder(work)
+    clear(work, list(runs))
     make_folder(work)
     if not config.data.path:
         write_random_corpus(work / "corpus", config)
@@ -75,13 +76,24 @@ def parity_command(config: ParityRun) -> None:
         results.append(result)
         log(_row(result))
     if not config.parity.keep:
-        shutil.rmtree(work)
+        clear(work, list(runs))
     faults = [Problem(f"layout {r.layout}", None, "; ".join(r.faults)) for r in results if r.faults]
     if faults:
         error = RunError(*faults)
         error.kind = "parity error"
         raise error
     log(f"{len(results) - 1} layouts equal one rank over {config.parity.steps} steps")
+
+
+def clear(work: Path, layouts: list[str]) -> None:
+    """Delete what a parity run makes in its folder, and nothing else that may be there."""
+    for name in layouts:
+        shutil.rmtree(work / name, ignore_errors=True)
+        (work / f"{name}.yaml").unlink(missing_ok=True)
+    for suffix in (".bin", ".idx"):
+        (work / "corpus").with_suffix(suffix).unlink(missing_ok=True)
+    if not any(work.iterdir()):
+        work.rmdir()
 
 
 def run_config(config: ParityRun, layout: str) -> RunConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from megalm.checkpoint.sharded import LATEST, find_checkpoint, read_manifest
 from megalm.checkpoint.state import RunState, load_checkpoint, state_of
 from megalm.config.parallel import layout_name
 from megalm.config.run import RunConfig
-from megalm.data.corpus import Corpus, open_corpus
-from megalm.errors import CheckpointError, Problem
+from megalm.data.corpus import open_corpus
+from megalm.errors import CheckpointError, Problem, RunError, writing
 from megalm.log import close_log, log, open_log
 from megalm.models.count import count_parameters
 from megalm.parallel.bootstrap import start_process_group, stop_process_group
@@ -34,7 +35,8 @@ def pretrain(config: RunConfig) -> None:
     run_dir = Path(config.train.run_dir)
     try:
         make_folder(run_dir)
-        open_log(run_dir / "logs")
+        with writing(run_dir):
+            open_log(run_dir / "logs")
         device = start_process_group(config.cluster)
         config.cluster.num_processes = dist.get_world_size()
         torch.manual_seed(
@@ -55,16 +57,20 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
     source = find_source(config, run_dir)
     if source is not None and _is_finished(config, source):
         return
-    topology = build_topology(config.parallel, device)
+    topology = build_topology(config.parallel, device, timedelta(seconds=config.cluster.timeout_seconds))
     choices = megalm_kernels.choose(config.kernels.backend, device.type)
-    job = build_job(config, topology, corpus)
-    state = RunState(data_fingerprint=corpus.fingerprint())
+    job = build_job(config, topology, corpus, draw=source is None)
+    fingerprint = corpus.fingerprint()
+    state = RunState(data_fingerprint=fingerprint)
     if source is not None:
         state = load_checkpoint(source, job.engine, resolved["model"])
-        _check_same_data(source, state, corpus)
+        state.stopped_early = _is_stopped(config, state)
+        _check_same_data(source, state, config, fingerprint)
         log(f"resumed from {source} at step {state.step}")
+    _check_same_start(state, device)
     if topology.rank == 0:
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        with writing(run_dir):
+            (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     _announce(job, choices)
     logging = Logging(build_trackers(config, resolved) if topology.rank == 0 else [])
     hooks: list[Hook] = [ProgressBar(), logging, Evaluating(logging), Checkpointing(resolved, logging)]
@@ -87,19 +93,36 @@ def find_source(config: RunConfig, run_dir: Path) -> Path | None:
 def _is_finished(config: RunConfig, source: Path) -> bool:
     """Whether there is nothing left to do; says so."""
     state = state_of(read_manifest(source))
-    if state.step < config.train.steps and not state.stopped_early:
+    stopped = _is_stopped(config, state)
+    if state.step < config.train.steps and not stopped:
         return False
-    log(f"already at step {state.step} of {config.train.steps} ({source}); nothing to do")
-    log("to train on: a larger train.steps; to start anew: another train.run_dir")
+    why = ", stopped early" if stopped else ""
+    log(f"already at step {state.step} of {config.train.steps}{why} ({source}); nothing to do")
+    log(f"to train on: a larger {'train.patience' if stopped else 'train.steps'}; to start anew: another train.run_dir")
     return True
 
 
-def _check_same_data(source: Path, state: RunState, corpus: Corpus) -> None:
+def _is_stopped(config: RunConfig, state: RunState) -> bool:
+    """Whether early stopping holds the run, by the patience that is asked for now."""
+    return bool(config.train.patience) and state.evaluations_without_gain >= config.train.patience
+
+
+def _check_same_start(state: RunState, device: torch.device) -> None:
+    """Raise RunError if the ranks did not all find the same checkpoint: their weights would mix without a word."""
+    lowest, highest = (torch.tensor(state.step, device=device) for _ in range(2))
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    if int(lowest) != int(highest):
+        rule = f"all ranks must start from one checkpoint, and they found steps {int(lowest)} to {int(highest)}"
+        raise RunError(Problem("train.run_dir", None, rule, "", "a train.run_dir on a file system that all machines share"))
+
+
+def _check_same_data(source: Path, state: RunState, config: RunConfig, fingerprint: str) -> None:
     """Raise CheckpointError if sample numbers would mean other samples than before."""
-    if state.data_fingerprint != corpus.fingerprint():
+    if state.data_fingerprint != fingerprint:
         rule = f"the run in {source} was trained on other tokens, another split, seed or sequence length"
         raise CheckpointError(
-            Problem("data.path", corpus.config.path, rule, "", "the same data.* as before, or a new train.run_dir")
+            Problem("data.path", config.data.path, rule, "", "the same data.* as before, or a new train.run_dir")
         )
 
 

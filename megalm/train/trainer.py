@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megalm.checkpoint.state import RunState
@@ -58,21 +59,23 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until `train.steps`, or until a hook sets `state.stopped_early`."""
-        for hook in self.hooks:
-            hook.on_start(self)
+        started: list[Hook] = []
         try:
+            for hook in self.hooks:
+                hook.on_start(self)
+                started.append(hook)
             while self.state.step < self.config.train.steps and not self.state.stopped_early:
                 result = self.train_step()
                 for hook in self.hooks:
                     hook.after_step(self, result)
         finally:
-            for hook in reversed(self.hooks):
+            for hook in reversed(started):
                 hook.on_end(self)
             self.job.loader.close()
 
     def train_step(self) -> StepResult:
         """One optimizer step on one global batch."""
-        batches = self.job.loader.step(self.state.consumed_samples)
+        batches = [batch.to(self.topology.device) for batch in self.job.loader.step(self.state.consumed_samples)]
         divisor, losses = self._count(batches), list[Tensor]()
         self.job.chunks.train()
         with self.engine.accumulate():
@@ -91,7 +94,9 @@ class Trainer:
         assert batches, "evaluation needs a validation split"
         self.job.chunks.eval()
         self.job.evaluator.run(build_forward(self.job, batches, self._count(batches), losses))
-        loss = float(self._sum(losses))
+        total = self._sum(losses)
+        dist.broadcast(total, 0)  # hooks decide by it: not one rank may see another last bit
+        loss = float(total)
         return Evaluation(loss, math.exp(min(loss, 700.0)), self._bits_per_byte(batches, loss))
 
     def _count(self, batches: list[Batch]) -> Tensor:
@@ -112,16 +117,16 @@ class Trainer:
         tokenizer = self.job.corpus.tokenizer
         if tokenizer is None:
             return None
-        sizes, device = torch.from_numpy(tokenizer.token_bytes()), self.topology.device
+        sizes = torch.from_numpy(tokenizer.token_bytes()).to(self.topology.device)
         labels = [batch.labels for batch in batches if batch.labels is not None]
-        tokens = self._sum([count_tokens(x).float().to(device) for x in labels])
-        num_bytes = self._sum([sizes[x[x >= 0]].sum().float().to(device) for x in labels])
+        tokens = self._sum([count_tokens(x).float() for x in labels])
+        num_bytes = self._sum([sizes[x[x >= 0]].sum().float() for x in labels])
         return loss * float(tokens) / math.log(2) / max(1.0, float(num_bytes))
 
 
 def check_finite(step: int, result: StepResult) -> tuple[float, float]:
     """Loss and gradient norm as numbers. Raises RunError when one is not finite: the weights are no longer worth saving."""
-    loss, norm = float(result.loss), float(result.grad_norm)  # sync
+    loss, norm = torch.stack([result.loss, result.grad_norm.to(result.loss)]).tolist()  # sync
     if not (math.isfinite(loss) and math.isfinite(norm)):
         rule = f"loss ({loss}) and gradient norm ({norm}) must stay finite; the last checkpoint is untouched"
         fix = "a smaller optim.lr, more optim.warmup_steps, or optim.clip=1.0; the same command resumes from there"

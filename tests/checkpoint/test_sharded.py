@@ -225,3 +225,27 @@ def test_a_half_deleted_checkpoint_has_lost_its_name(tmp_path: Path, monkeypatch
     monkeypatch.undo()
     prune(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_run_that_went_back_keeps_what_it_saves(tmp_path: Path) -> None:
+    """Steps 1 to 3 are there, the run resumes at 1 and saves 2 anew: 3 is of a future that is no more."""
+    for step in (1, 2, 3):
+        publish(write(tmp_path / ".new"), tmp_path / f"step-{step:08d}")
+    again = tmp_path / "step-00000002"
+    publish(write(tmp_path / ".new"), again)
+    prune(tmp_path, 1, again)
+    assert find_checkpoint(tmp_path) == again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
+
+
+def test_a_checkpoint_without_a_ranks_files_is_not_written(tmp_path: Path) -> None:
+    folder = write(tmp_path / "whole")
+    (folder / "manifest.json").unlink()
+    for rank, rows in enumerate(torch.randn(4, 2).split(2)):
+        write_pieces(folder, rank, {"weight/x": (rows, (4, 2), (2 * rank, 0))})
+    (folder / "rank-00001.json").unlink()
+    with pytest.raises(OSError, match="1 of 2 ranks' files"):
+        write_manifest(folder, STATE, CONFIG, 2)
+    with pytest.raises(OSError, match="do not cover"):
+        write_manifest(folder, STATE, CONFIG)
+    assert not (folder / "manifest.json").exists()

@@ -18,7 +18,7 @@ from megalm.config.run import RunConfig
 from megalm.config.tasks import GenerateConfig
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import CheckpointError, ConfigError, DataError
-from megalm.inference.generate import check_prompt, find_tokenizer, generate, generate_command, load_model
+from megalm.inference.generate import check_prompt, find_device, find_tokenizer, generate, generate_command, load_model
 from megalm.inference.sampling import draw_token
 from megalm.models.decoder import Decoder
 from megalm.models.init import initial_value
@@ -178,3 +178,10 @@ def test_prompts_that_cannot_be(prompt: list[int], max_tokens: int, key: str, fi
 def test_prompts_that_just_fit() -> None:
     check_prompt([VOCAB - 1] * 30, GenerateConfig(max_tokens=2), shape("gpt"))
     assert len(list(generate(sharp("gpt"), [1] * 30, GenerateConfig(max_tokens=2, greedy=True), 0, NO_END))) == 2
+
+
+def test_a_gpu_that_is_not_there_is_not_replaced_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device("auto").type == "cpu"
+    with pytest.raises(ConfigError, match="torch sees no GPU"):
+        find_device("cuda")

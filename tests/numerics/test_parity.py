@@ -192,7 +192,8 @@ def run_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ch
 
 def test_the_command_prints_a_table_and_cleans_up(run_by_hand, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "old").write_text("of the last time")
+    (tmp_path / "work" / "tp2").mkdir()
+    (tmp_path / "work" / "tp2" / "metrics.jsonl").write_text("of the last time")
     parity_command(run_by_hand(lambda run: None))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["layout", "single", "tp2"]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megalm.config.train import ClusterConfig
-from megalm.errors import RunError
+from megalm.errors import ConfigError, RunError
 from megalm.parallel import bootstrap
 from megalm.parallel.bootstrap import Place, find_place, first_host, start_process_group, stop_process_group
 
@@ -129,7 +129,7 @@ def test_a_port_in_use_is_named_on_rank_0():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         place = Place(0, 2, 0, "127.0.0.1", taken.getsockname()[1], "0", False)
-        with pytest.raises(RunError, match="rank 0 must be able to listen there") as caught:
+        with pytest.raises(ConfigError, match="rank 0 must be able to listen there") as caught:
             bootstrap._open_store(place, timedelta(seconds=2))
     problem = caught.value.problems[0]
     assert problem.value == f"127.0.0.1:{place.port}" and "cluster.port=0" in problem.fix
@@ -178,3 +178,27 @@ def test_two_processes_meet_and_leave_cleanly(launcher):
     for process in ranks:
         out, err = process.communicate(timeout=90)
         assert (process.returncode, out.strip()) == (0, "3"), err
+
+
+def test_a_launcher_that_sets_half_of_the_variables_is_named():
+    with pytest.raises(ConfigError, match="missing: LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+        find_place({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "gpus", "launcher", "index"),
+    [(1, 2, True, 1), (3, 1, False, 0), (0, 1, True, 0), (1, 1, True, None), (2, 2, False, None), (0, 0, False, None)],
+)
+def test_each_rank_finds_its_gpu(local_rank, gpus, launcher, index, monkeypatch):
+    """srun may show each task its own GPU only; any other shortage is an error, not a shared GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("MEGALM_LAUNCHER", raising=False)
+    if launcher:
+        monkeypatch.setenv("MEGALM_LAUNCHER", "logs")
+    place = Place(local_rank, 4, local_rank, "127.0.0.1", 1, "0", False)
+    if index is None:
+        with pytest.raises(ConfigError, match=f"torch sees {gpus}"):
+            bootstrap._find_gpu(place)
+    else:
+        assert bootstrap._find_gpu(place) == torch.device("cuda", index)

@@ -245,10 +245,19 @@ def test_note_error_outside_our_launcher_does_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("environ", "expected"),
-    [({}, False), ({"RANK": "0"}, True), ({"SLURM_STEP_NUM_TASKS": "2"}, True), ({"SLURM_STEP_NUM_TASKS": "1"}, False)],
+    [
+        ({}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+    ],
 )
-def test_in_worker(environ, expected):
-    assert in_worker(environ) is expected
+def test_in_worker(environ, expected, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert in_worker() is expected
 
 
 def test_the_launcher_imports_no_torch():

@@ -155,6 +155,9 @@ def test_early_stopping(make, records, capsys: pytest.CaptureFixture) -> None:
     pretrain(config)
     assert "nothing to do" in capsys.readouterr().out
     assert len(records(config)) == 2 * len(losses)
+    config = make("run", {**changes, "train.patience": 0, "train.steps": 2 * len(losses) + 1})
+    pretrain(config)  # who asks for more gets more
+    assert len(records(config)) == 2 * len(losses) + 1
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 
 from megalm.checkpoint.sharded import LATEST, find_checkpoint
-from megalm.errors import CheckpointError, ConfigError, DataError
+from megalm.checkpoint.state import RunState
+from megalm.errors import CheckpointError, ConfigError, DataError, RunError
+from megalm.testing import run_distributed
+from megalm.train import pretrain as module
 from megalm.train.pretrain import find_source, pretrain
 
 
@@ -142,3 +146,30 @@ def test_command_line_a_loss_that_explodes_is_exit_1(make, command) -> None:
     assert done.returncode == 1
     assert "run error" in done.stderr and "must stay finite" in done.stderr and "step 2" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def start_from(rank: int, world_size: int, steps: list[int]) -> str:
+    try:
+        module._check_same_start(RunState(step=steps[rank]), torch.device("cpu"))
+    except RunError as error:
+        return str(error)
+    return "same"
+
+
+@pytest.mark.dist
+def test_ranks_that_find_different_checkpoints_do_not_start() -> None:
+    """Each machine with a run folder of its own, say: some ranks would resume and the others begin."""
+    assert run_distributed(start_from, 2, [7, 7]) == ["same", "same"]
+    assert all("found steps 0 to 7" in error for error in run_distributed(start_from, 2, [0, 7]))
+
+
+def test_a_full_disk_is_named(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make("run", {"train.steps": 2})
+
+    def refuse(*args: object) -> None:
+        raise OSError(28, "No space left on device", "weights")
+
+    monkeypatch.setattr("megalm.checkpoint.sharded.save_file", refuse)
+    with pytest.raises(RunError, match="cannot write weights: No space left on device"):
+        pretrain(config)
+    assert not Path(config.train.run_dir, "checkpoints", LATEST).exists()
