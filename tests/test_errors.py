@@ -24,6 +24,6 @@ def test_a_message_shows_key_value_rule_allowed_and_fix() -> None:
 
 
 def test_writing_names_the_file_and_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="cannot write .*no/file: No such file") as caught, writing(tmp_path):
+    with pytest.raises(RunError, match=r"cannot write .*no/file: No such file") as caught, writing(tmp_path):
         (tmp_path / "no" / "file").write_text("x")
     assert caught.value.exit_code == 1 and "train.run_dir=" in caught.value.problems[0].fix
