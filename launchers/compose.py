@@ -6,7 +6,7 @@ import io
 import itertools
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,13 +19,13 @@ from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from megalm.config.fields import assign, leaves
+from megalm.config.fields import assign, leaves, quote
 from megalm.config.layouts import layout_node
 from megalm.config.load import examine
 from megalm.config.reader import defaults_of, forbidden, known_keys, suggest, unknown_key
-from megalm.config.run import ROOTS
+from megalm.config.run import ROOTS, RunConfig
 from megalm.errors import Problem
 
 SEARCH_PATH = "pkg://megalm.conf"
@@ -38,6 +38,8 @@ HYDRA_SETTINGS = (
     "hydra/hydra_logging=none",
 )
 MAX_CHECKED_JOBS = 32  # of a sweep, before it starts; every job is checked again when it runs
+
+_PLAIN_DOLLAR = r"name a key of the config, or write \${...} for the text itself"
 
 
 @dataclass
@@ -70,8 +72,9 @@ class Command:
 def parse(verb: str, argv: list[str]) -> Command:
     """Reads the arguments of a verb; registers the verb's defaults, a yaml file among the arguments, and layouts."""
     ConfigStore.instance().store(name=f"{verb}_defaults", node=defaults_of(ROOTS[verb]), provider="megalm")
-    options = get_args_parser().parse_args(argv)
+    options, unknown = get_args_parser().parse_known_intermixed_args(argv)
     command = Command(verb, options, options.config_name or verb)
+    command.problems += map(_unknown_flag, unknown)
     if options.experimental_rerun:
         command.problems.append(
             Problem("--experimental-rerun", None, "refused: it unpickles a file", fix="name a yaml file instead")
@@ -92,12 +95,25 @@ def inspect(command: Command) -> tuple[Any, list[Problem]]:
     loader = _loader(command.options)
     problems = list(command.problems)
     overrides = [override for override in command.overrides if _is_sound(override, command, loader, problems)]
-    config = None
+    configs = []
     for job in _jobs(overrides):
-        first, found = _inspect_job(command, loader, job)
-        config = first if config is None else config
+        config, found = _inspect_job(command, loader, job)
+        configs += [config] if config is not None else []
         problems += [problem for problem in found if problem not in problems]
-    return config, problems
+    if command.verb == "pretrain":
+        problems += _shared_folders([config.train.run_dir for config in configs], overrides)
+    return configs[0] if configs else None, problems
+
+
+def _shared_folders(folders: list[str], overrides: list[Override]) -> list[Problem]:
+    """Jobs of a sweep that would resume one another. The default folder is not shared: each job gets its own."""
+    shared = next((name for name in folders if folders.count(name) > 1 and name != RunConfig().train.run_dir), None)
+    if shared is None:
+        return []
+    swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
+    named = all("." in key for key in swept) and "train.run_dir" not in swept
+    fix = assign("train.run_dir", "_".join([shared, *(f"${{{key}}}" for key in swept)])) if named else "leave train.run_dir out"
+    return [Problem("train.run_dir", shared, "two jobs of a sweep need two folders", fix=fix)]
 
 
 def plain(composed: Any) -> tuple[dict[str, Any], list[Problem]]:
@@ -109,7 +125,7 @@ def plain(composed: Any) -> tuple[dict[str, Any], list[Problem]]:
     try:
         return cast(dict, OmegaConf.to_container(OmegaConf.create(raw), resolve=True)), []
     except OmegaConfBaseException as error:
-        return raw, [Problem(str(error.full_key or "config"), None, f"cannot resolve: {_first_line(error)}")]
+        return raw, [Problem(str(error.full_key or "config"), None, f"cannot resolve: {_first_line(error)}", fix=_PLAIN_DOLLAR)]
 
 
 def _use_file(command: Command, path: Path) -> None:
@@ -128,6 +144,10 @@ def _use_file(command: Command, path: Path) -> None:
     if not isinstance(content, dict):
         command.problems.append(Problem(str(path), None, "not a yaml mapping of sections", "section: {key: value}"))
         return
+    for group in {*_loader(command.options).list_groups("")} & {*content}:
+        if isinstance(content[group], str):
+            rule, name = "a group is chosen on the command line or in `defaults:`", content.pop(group)
+            command.problems.append(Problem(group, name, rule, fix=assign(group, name)))
     content.setdefault("defaults", [command.verb, "_self_"])
     command.config_name = f"file_{path.stem}"
     ConfigStore.instance().store(name=command.config_name, node=content, provider=str(path))
@@ -137,11 +157,17 @@ def _use_file(command: Command, path: Path) -> None:
     _register_layouts(command.options, layouts)
 
 
+def _unknown_flag(flag: str) -> Problem:
+    guess = suggest(flag.partition("=")[0], get_args_parser()._option_string_actions)
+    hint = f"; did you mean {guess}?" if guess else ""
+    return Problem(flag, None, f"no such option{hint}", fix=guess or "--help")
+
+
 def _add_override(command: Command, text: str) -> None:
     key, equals, value = text.partition("=")
     own = f"{command.verb}.{key}"
     if own in known_keys(ROOTS[command.verb]):  # `megalm parity steps=20` means parity.steps
-        text = f"{own}={value}"
+        key, text = own, f"{own}={value}"
     elif not equals and not text.startswith("~"):
         guess = suggest(key, known_keys(ROOTS[command.verb]))
         hint = f"; did you mean {guess}=...?" if guess else ""
@@ -149,6 +175,9 @@ def _add_override(command: Command, text: str) -> None:
             Problem(text, None, f"an argument is key=value or a yaml file{hint}", fix=f"megalm {command.verb} --help")
         )
         return
+    kinds = {name: kind for name, _, kind in leaves(ROOTS[command.verb])}
+    if kinds.get(key.lstrip("+")) is str and not command.options.multirun:  # text is what was typed
+        text = f"{key}={quote(value)}"
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
@@ -156,17 +185,16 @@ def _add_override(command: Command, text: str) -> None:
         command.problems.append(Problem(key, value, rule, fix=assign(key, value)))
         return
     if override.is_sweep_override() and not command.options.multirun:
-        command.problems.append(_stray_sweep(command.verb, key, value, override))
+        command.problems.append(_stray_sweep(key, value, override))
         return
     if override.key_or_group == "parallel":
         _register_layouts(command.options, _choices(override))
     command.overrides.append(override)
 
 
-def _stray_sweep(verb: str, key: str, value: str, override: Override) -> Problem:
-    kind = {name: kind for name, _, kind in leaves(ROOTS[verb])}.get(key)
-    fix = assign(key, value) if kind is str else f"{key}={next(override.sweep_string_iterator(), '')}"
-    return Problem(key, value, "several values are a sweep, which needs -m; text with a comma needs quotes", fix=fix)
+def _stray_sweep(key: str, value: str, override: Override) -> Problem:
+    fix = f"{key}={next(override.sweep_string_iterator(), '')}"
+    return Problem(key, value, "several values are a sweep, which needs -m", fix=fix)
 
 
 def _register_layouts(options: Namespace, names: list[str]) -> None:
@@ -202,6 +230,10 @@ def _is_sound(override: Override, command: Command, loader: ConfigLoaderImpl, pr
     """Hydra can compose this override. One that it cannot is reported and left out, so that the rest is looked at."""
     key = override.key_or_group
     options = loader.get_group_options(key) if not override.is_hydra_override() else []
+    if key == "parallel" and command.verb == "parity":
+        fix = "" if override.is_delete() else assign("parity.layouts", _choices(override))
+        problems.append(Problem(key, None, "parity takes its layouts from parity.layouts", fix=fix or "remove it"))
+        return False
     if options:
         bad = [name for name in _choices(override) if name not in options and name != "None"]
         problems += [_unknown_option(key, name, options) for name in bad if not override.is_delete()]
@@ -210,7 +242,11 @@ def _is_sound(override: Override, command: Command, loader: ConfigLoaderImpl, pr
     if override.is_hydra_override() or key in sections:
         return True
     value = None if override.is_delete() or override.is_sweep_override() else override.value()
-    problems.append(unknown_key(key, value, [*sections, *loader.list_groups("")]))
+    problem = unknown_key(key, value, [*sections, *loader.list_groups("")])
+    guess = suggest(key, [*sections, *loader.list_groups("")])
+    if isinstance(value, str) and loader.get_group_options(guess or "."):
+        problem = replace(problem, fix=assign(guess, value))
+    problems.append(problem)
     return False
 
 
@@ -235,7 +271,8 @@ def _inspect_job(command: Command, loader: ConfigLoaderImpl, overrides: list[str
         composed = loader.load_configuration(command.config_name, [*HYDRA_SETTINGS, *overrides], RunMode.RUN)
     except HydraException as error:
         name = command.config_name.removeprefix("file_")
-        return None, [Problem(name, None, f"cannot compose: {_first_line(error.__cause__ or error)}")]
+        fix = _PLAIN_DOLLAR if isinstance(error.__cause__, GrammarParseError) else ""
+        return None, [Problem(name, None, f"cannot compose: {_first_line(error.__cause__ or error)}", fix=fix)]
     raw, unresolved = plain(composed)
     config: Any
     config, problems = examine(ROOTS[command.verb], raw)

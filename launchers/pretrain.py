@@ -20,7 +20,9 @@ def main() -> None:
         from megalm.parallel.workers import in_worker, start_workers
 
         if not in_worker():
-            open_corpus(config.data, config.model.vocab_size)  # before anything is started or written
+            # before anything is started or written
+            evaluates, tensor_parallel = bool(config.train.eval_every), config.parallel.tensor_parallel
+            open_corpus(config.data, config.model.vocab_size, evaluates, tensor_parallel)
         if in_worker() or processes(config) == 1:  # one rank needs no processes of its own
             work(config)
         else:

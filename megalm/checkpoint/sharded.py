@@ -14,6 +14,7 @@ under a temporary name and renamed when it is complete; `latest` is replaced aft
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -135,17 +136,18 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(nameless)
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`: itself, or the latest of a run folder. Raises CheckpointError if there is none."""
+def find_checkpoint(path: Path, key: str = "train.run_dir") -> Path:
+    """The checkpoint at `path`: itself, or the latest of a run folder. Raises CheckpointError, naming `key`, if there is none."""
     if (path / MANIFEST).is_file():
         return path
     for folder in (path, path / "checkpoints"):
         if (folder / LATEST).is_file():
             return _named_by(folder / LATEST)
     rule = f"a checkpoint folder (with {MANIFEST}) or a run folder with checkpoints/{LATEST}"
-    raise CheckpointError(
-        Problem("checkpoint", path, rule, "", "train first: megalm pretrain train.run_dir=" + str(path))
-    )
+    runs = [pointer.parent.parent.name for pointer in path.parent.glob(f"*/checkpoints/{LATEST}")]
+    near = difflib.get_close_matches(path.name, runs, 1)
+    fix = f"{key}={path.parent / near[0]}" if near else f"train first: megalm pretrain train.run_dir={path}"
+    raise CheckpointError(Problem(key, path, rule, "", fix))
 
 
 def _named_by(pointer: Path) -> Path:
@@ -196,7 +198,9 @@ def read_piece(folder: Path, key: str, piece: Piece) -> Tensor:
 
 
 def _damaged(path: Path, rule: str) -> CheckpointError:
-    fix = f"use another checkpoint (checkpoint.load=...), or restore {path.parent.name} from a copy"
+    others = sorted(p.parent.name for p in path.parent.parent.glob(f"step-*/{MANIFEST}") if p.parent != path.parent)
+    older = f"echo {others[-1]} > {path.parent.parent / LATEST}, which goes on from there; or " if others else ""
+    fix = f"{older}restore {path.parent} from a copy; or start anew in another train.run_dir"
     return CheckpointError(Problem(str(path), None, rule, "", fix))
 
 

@@ -36,6 +36,8 @@ _PLAIN_TEXT = re.compile(
     r"(?!(?:true|false|null|[-+]?(?:nan|inf|[\d.][\d_.]*(?:e[-+]?\d+)?))$)[\w./:+%@-]+", re.IGNORECASE
 )
 
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+
 
 @functools.cache
 def types_of(cls: type) -> dict[str, Any]:
@@ -96,7 +98,8 @@ def is_legal(field: dataclasses.Field, value: Any) -> bool:
     if bounds["allowed"]:
         return value in bounds["allowed"]
     return (
-        (bounds["minimum"] is None or value >= bounds["minimum"])
+        (bounds["empty"] or value != "")
+        and (bounds["minimum"] is None or value >= bounds["minimum"])
         and (bounds["maximum"] is None or value <= bounds["maximum"])
         and (bounds["above"] is None or value > bounds["above"])
     )
@@ -107,6 +110,8 @@ def describe(field: dataclasses.Field, kind: Any) -> str:
     bounds = field.metadata
     if bounds["allowed"]:
         return ", ".join(map(str, bounds["allowed"]))
+    if not bounds["empty"]:
+        return "text, not empty"
     limits = [f"{sign} {bounds[name]:g}" for name, sign in _SIGNS.items() if bounds[name] is not None]
     return " ".join([TYPE_NAMES[kind], " and ".join(limits)]).strip()
 
@@ -149,6 +154,11 @@ def _reinterpret(kind: Any, value: Any) -> Any:
     return [value] if kind == list[str] and isinstance(value, str) else WRONG
 
 
+def quote(text: str) -> str:
+    """The text in Hydra's grammar, as it is if it is quoted already."""
+    return text if _QUOTED.fullmatch(text) else _literal(text)
+
+
 def assign(key: str, value: Any) -> str:
     """`key=value` as it can be pasted into a shell."""
     return shlex.quote(override(key, value))
@@ -166,5 +176,5 @@ def _literal(value: Any) -> str:
         return f"[{','.join(map(_literal, value))}]"
     if not isinstance(value, str) or _PLAIN_TEXT.fullmatch(value):
         return str(value)
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    escaped = re.sub(r'(\\*)("|\Z)', lambda match: match[1] * 2 + match[2].replace('"', '\\"'), value)
     return f'"{escaped}"'

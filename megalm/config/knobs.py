@@ -15,9 +15,14 @@ def knob(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    empty: bool = True,
 ) -> Any:
-    """A dataclass field. `allowed`: the only legal values; `minimum`, `maximum`: ends included; `above`: not."""
-    metadata = {"help": help, "allowed": allowed, "minimum": minimum, "maximum": maximum, "above": above}
+    """A dataclass field. `allowed`: the only legal values; `minimum`, `maximum`: ends included; `above`: not.
+
+    `empty`: text may be empty.
+    """
+    bounds = {"allowed": allowed, "minimum": minimum, "maximum": maximum, "above": above, "empty": empty}
+    metadata = {"help": help, **bounds}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -21,7 +21,7 @@ class GenerateConfig:
 
     checkpoint: str = knob("runs/pretrain", "checkpoint folder, or a run folder (its latest)")
     tokenizer: str = knob("", "tokenizer.json; empty: the one the run was trained with")
-    prompt: str = knob("def ", "text to continue")
+    prompt: str = knob("def ", "text to continue", empty=False)
     max_tokens: int = knob(128, "tokens to add", minimum=1)
     samples: int = knob(1, "continuations to draw", minimum=1)
     greedy: bool = knob(False, "always the likeliest token; temperature, top_k and top_p have no effect then")

@@ -16,6 +16,7 @@ class TrainConfig:
     run_dir: str = knob(
         "runs/pretrain",
         "folder of the run: config.yaml, metrics.jsonl, checkpoints/, logs/; the same folder again resumes",
+        empty=False,
     )
     steps: int = knob(1000, "optimizer steps", minimum=1)
     global_batch_size: int = knob(16, "samples per optimizer step, over all ranks", minimum=1)
@@ -39,7 +40,7 @@ class TrainConfig:
 class CheckpointConfig:
     """What is saved, when, and what a run starts from."""
 
-    save_every: int = knob(0, "steps between checkpoints; 0: at the end only", minimum=0)
+    save_every: int = knob(500, "steps between checkpoints; 0: at the end only", minimum=0)
     save_first: bool = knob(False, "also save the initial weights as step 0")
     keep: int = knob(2, "newest checkpoints to keep; 0: all", minimum=0)
     load: str = knob("", "checkpoint (or run folder) to start from when the run folder has none of its own")
@@ -73,7 +74,7 @@ class ClusterConfig:
     device: str = knob("auto", "auto: cuda where there is a GPU, else cpu", allowed=("auto", "cpu", "cuda"))
     port: int = knob(0, "rendezvous port on this machine; 0: any free one", minimum=0, maximum=65535)
     timeout_seconds: int = knob(600, "a collective that takes longer ends the run", minimum=1)
-    threads: int = knob(0, "CPU threads per process; 0: the cores shared evenly", minimum=0)
+    threads: int = knob(0, "CPU threads per process; 0: the cores shared evenly", minimum=0, maximum=512)
 
 
 @dataclass

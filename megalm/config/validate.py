@@ -18,6 +18,7 @@ Condition = Callable[[RunConfig], bool]
 
 _TP, _PP, _CHUNKS = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.chunks"
 _PROCESSES = "cluster.num_processes"
+_NEAR = 64  # candidates of a fix: each is tried against all rules
 # Numbers that follow from several keys, printed beside a rule like a key.
 _DERIVED: dict[str, Callable[[RunConfig], int]] = {"processes": processes, "data parallel copies": data_parallel}
 
@@ -77,13 +78,15 @@ def _layout_fits(c: RunConfig) -> bool:
 def _layout_changes(c: RunConfig) -> list[Change]:
     world, asked = processes(c), multiples(c, _PROCESSES, c.parallel.model_parallel)
     narrower = divisors(c, _TP, world) + divisors(c, _PP, world)
+    if launched_processes():  # their number is given
+        return narrower
     return (asked + narrower if c.cluster.num_processes else narrower + asked) + [("cluster.device", "cpu")]
 
 
 def _stage_changes(c: RunConfig) -> list[Change]:
     layers, stages, chunks = c.model.num_layers, c.parallel.pipeline_parallel, c.parallel.chunks
-    fewer_stages = [(_PP, number) for number in range(min(stages, layers // chunks), 0, -1)]
-    fewer_chunks = [(_CHUNKS, number) for number in range(min(chunks, layers // stages), 0, -1)]
+    fewer_stages = [(_PP, number) for number in range(min(stages, layers // chunks), 0, -1)[:_NEAR]]
+    fewer_chunks = [(_CHUNKS, number) for number in range(min(chunks, layers // stages), 0, -1)[:_NEAR]]
     return fewer_stages + fewer_chunks + [("model.num_layers", stages * chunks), (_PP, 1)]
 
 
@@ -121,8 +124,9 @@ def _batch_changes(c: RunConfig) -> list[Change]:
 
 
 def _gpu_changes(c: RunConfig) -> list[Change]:
+    size = c.parallel.model_parallel
     return [
-        *multiples(c, _PROCESSES, c.parallel.model_parallel, 2 * c.cluster.num_processes),
+        *((_PROCESSES, count) for count in range(count_gpus() // size * size, 0, -size)),
         (_PROCESSES, 0),
         ("cluster.device", "cpu"),
     ]
@@ -311,7 +315,11 @@ def _problem(rule: Rule, config: RunConfig, cure: Change | None) -> Problem:
         nearest = list(values)[:5]
         allowed = f"{cure[0]}: {', '.join(map(str, sorted(nearest)))}" if len(nearest) > 1 else ""
     text = f"{rule.text} (here {here})" if here else rule.text
-    return Problem(rule.keys[0], value_of(config, rule.keys[0]), text, allowed, fields.assign(*cure) if cure else "")
+    fix = fields.assign(*cure) if cure else ""
+    if rule.name == "layout_fits" and launched_processes():
+        text += f"; {processes(config)} were started, this layout needs a multiple of {config.parallel.model_parallel}"
+        fix = fix or f"{_TP}=1 {_PP}=1"
+    return Problem(rule.keys[0], value_of(config, rule.keys[0]), text, allowed, fix)
 
 
 def _shown(config: RunConfig, key: str) -> object:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megalm.config.data import DataConfig
+from megalm.config.fields import assign
 from megalm.data.indexed import IndexedDataset, data_error
 from megalm.data.packing import SPLITS, GPTDataset, parse_split, split_documents
 from megalm.data.sources import file_sha256
@@ -22,7 +23,7 @@ SCAN_CHUNK = 1 << 24  # tokens counted at a time
 
 @dataclass(frozen=True)
 class Corpus:
-    """valid and test are None where their share is 0; tokenizer is None where there is no tokenizer.json.
+    """valid and test are None where their share is 0 or nothing evaluates; tokenizer where there is no tokenizer.json.
 
     vocab_size: every token id is below it. unigram_entropy: nats per token of the whole corpus; None where it is not
     known, which is for tokens that `megalm prepare` did not make but whose tokenizer is here.
@@ -49,31 +50,34 @@ class Corpus:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def open_corpus(config: DataConfig, model_vocab_size: int) -> Corpus:
+def open_corpus(config: DataConfig, model_vocab_size: int, evaluates: bool = True, multiple_of: int = 1) -> Corpus:
     """Open the tokens at `config.path`, check that the model's embedding has a row for each id, and cut the splits.
 
+    evaluates: the run has a use for validation and test. multiple_of: what the rows of the embedding are shared out to.
     Raises DataError for missing or damaged files, ids >= model_vocab_size, a tokenizer of another corpus, or a split
-    with a share but less than one sample.
+    with a share and a use but less than one sample.
     """
     indexed = IndexedDataset(config.path)
     tokenizer = _find_tokenizer(config, indexed)
     vocab_size, nats = _vocabulary(indexed, tokenizer)
     if vocab_size > model_vocab_size:
         rule = f"{config.path} holds token ids up to {vocab_size - 1}, and the model has no embedding for them"
-        fix = f"model.vocab_size={vocab_size}"
+        fix = f"model.vocab_size={-(-vocab_size // multiple_of) * multiple_of}"
         raise DataError(Problem("model.vocab_size", model_vocab_size, rule, f">= {vocab_size}", fix))
-    datasets = _cut_splits(config, indexed)
+    datasets = _cut_splits(config, indexed, evaluates)
     train = datasets["train"]
     assert train is not None
     return Corpus(config, indexed, train, datasets["valid"], datasets["test"], tokenizer, vocab_size, nats)
 
 
-def _cut_splits(config: DataConfig, indexed: IndexedDataset) -> dict[str, GPTDataset | None]:
-    """A data set for the training split, always, and for each other split that has a share."""
+def _cut_splits(config: DataConfig, indexed: IndexedDataset, evaluates: bool) -> dict[str, GPTDataset | None]:
+    """A data set for the training split, always, and for each other split that has a share and a use."""
     shares = dict(zip(SPLITS, parse_split(config.split), strict=True))
+    without_test = assign("data.split", ",".join([*config.split.split(",")[:2], "0"]))
+    remedies = {"train": "", "valid": "train.eval_every=0", "test": without_test}
     return {
-        name: GPTDataset(indexed, config.seq_length, documents, config.seed, name)
-        if shares[name] > 0 or name == "train"
+        name: GPTDataset(indexed, config.seq_length, documents, config.seed, name, remedies[name])
+        if name == "train" or (evaluates and shares[name] > 0)
         else None
         for name, documents in split_documents(indexed, config.split, config.seed).items()
     }
@@ -82,7 +86,7 @@ def _cut_splits(config: DataConfig, indexed: IndexedDataset) -> dict[str, GPTDat
 def _find_tokenizer(config: DataConfig, indexed: IndexedDataset) -> Tokenizer | None:
     """The one that is named, else the one beside the tokens, else none."""
     if config.tokenizer:
-        return Tokenizer.load(config.tokenizer)
+        return Tokenizer.load(config.tokenizer, "data.tokenizer")
     beside = indexed.bin_path.parent / TOKENIZER
     return Tokenizer.load(beside) if beside.is_file() else None
 

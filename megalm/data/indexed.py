@@ -28,8 +28,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megalm.config.fields import assign
 from megalm.errors import DataError, Problem
 
+CORPUS = "corpus"  # what `megalm prepare` calls the pair in its output folder
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, document bounds
@@ -55,21 +57,35 @@ def data_error(path: str | Path, rule: str, *, value: object = None, allowed: st
 
 
 @contextmanager
-def file_errors(path: Path, action: str) -> Iterator[None]:
-    """Turn a refusal of the operating system (no permission, disk full) into a DataError."""
+def file_errors(path: Path, action: str, key: str = "") -> Iterator[None]:
+    """Turn a refusal of the operating system (no permission, disk full) into a DataError; `key` is what set the path."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         fix = "choose another path, or mend its permissions or free space"
-        raise data_error(path, f"cannot {action}: {reason}", fix=fix) from error
+        raise data_error(key or path, f"cannot {action}: {reason}", value=path if key else None, fix=fix) from error
 
 
-def check_exists(path: Path, fix: str) -> None:
-    """Raise DataError unless `path` is a file."""
-    with file_errors(path, "read"):
+def check_exists(path: Path, fix: str, key: str = "") -> None:
+    """Raise DataError unless `path` is a file; `key` is what set the path."""
+    with file_errors(path, "read", key):
         if not path.is_file():
-            raise data_error(path, "the file does not exist", fix=fix)
+            raise data_error(key or path, "the file does not exist", value=path if key else None, fix=fix)
+
+
+def check_pair(prefix: str | Path) -> None:
+    """Raise DataError unless both files of a prefix are there; the fix is the prefix that was probably meant."""
+    for path in pair_of(prefix):
+        with file_errors(path, "read"):
+            if path.is_file():
+                continue
+        rule, fix = f"{path} does not exist", "make it with `megalm prepare`, or set data.path to another prefix"
+        if Path(prefix, f"{CORPUS}.bin").is_file():
+            rule, fix = "a folder, and not the prefix of the two files in it", assign("data.path", f"{Path(prefix, CORPUS)}")
+        elif Path(prefix).suffix in (".bin", ".idx"):
+            rule, fix = "a prefix has no .bin or .idx at its end", assign("data.path", f"{Path(prefix).with_suffix('')}")
+        raise data_error("data.path", rule, value=prefix, fix=fix)
 
 
 class IndexedWriter:
@@ -155,8 +171,7 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | Path):
         self.bin_path, self.idx_path = pair_of(prefix)
-        for path in (self.bin_path, self.idx_path):
-            check_exists(path, "make it with `megalm prepare`, or set data.path to a prefix, without .bin or .idx")
+        check_pair(prefix)
         dtype, lengths, offsets, bounds = _read_index(self.idx_path)
         ends = _check_offsets(self.idx_path, lengths, offsets, dtype.itemsize)
         self.num_tokens = int(ends[-1])

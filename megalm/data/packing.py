@@ -87,10 +87,18 @@ class GPTDataset:
     """Samples of `seq_length` + 1 tokens, without end: `len()` of them are one epoch.
 
     documents: (n,) numbers of the documents to use, from `split_documents`. Raises DataError if they hold less than one
-    sample; `name` is the split that the error speaks of.
+    sample; `name` is the split that the error speaks of, `remedy` its fix.
     """
 
-    def __init__(self, indexed: IndexedDataset, seq_length: int, documents: np.ndarray, seed: int, name: str = "train"):
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        seq_length: int,
+        documents: np.ndarray,
+        seed: int,
+        name: str = "train",
+        remedy: str = "",
+    ):
         self.indexed = indexed
         self.seq_length = seq_length
         self.documents = documents
@@ -98,7 +106,7 @@ class GPTDataset:
         self.num_tokens = int(indexed.document_lengths[documents].sum())
         self._num_samples = (self.num_tokens - 1) // seq_length
         if self._num_samples < 1:
-            raise _too_small(name, self.num_tokens, seq_length)
+            raise _too_small(name, self.num_tokens, seq_length, remedy)
         self.epoch = lru_cache(maxsize=2)(self._build_epoch)  # two, for a batch that lies across an epoch's end
 
     def __len__(self) -> int:
@@ -139,8 +147,8 @@ class GPTDataset:
             done, place, document = done + count, place + count, document + 1
 
 
-def _too_small(name: str, tokens: int, seq_length: int) -> DataError:
+def _too_small(name: str, tokens: int, seq_length: int, remedy: str) -> DataError:
     rule = f"the {name} split has {tokens} tokens, less than one sample of data.seq_length + 1 = {seq_length + 1}"
-    share = "prepare a larger corpus" if name == "train" else "give it a larger share in data.split, or the share 0"
-    fix = f"data.seq_length={tokens - 1}, or {share}" if tokens > 1 else share
+    shorter = f"data.seq_length={tokens - 1}, or " if tokens > 1 else ""
+    fix = remedy or f"{shorter}prepare a larger corpus"
     return DataError(Problem("data.split", name, rule, f">= {seq_length + 1} tokens", fix))

@@ -26,12 +26,14 @@ SKIP_REASONS = ("not UTF-8", "blank")
 
 @dataclass
 class Source:
-    """Files in order. `skipped` counts, by reason, what the last pass of `documents` left out."""
+    """Files in order. What the last pass of `documents` left out: `skipped` counts it by reason."""
 
     root: Path
     files: list[Path]
     json_key: str
+    ignored: int = 0  # files of other kinds beside them
     skipped: dict[str, int] = field(default_factory=dict)
+    not_utf8: Path | None = None  # the first file with text of that kind
 
     def sha256(self) -> str:
         """One hash over the names and contents of all files."""
@@ -46,12 +48,15 @@ class Source:
 
     def documents(self) -> Iterator[str]:
         """The text of every document that is not skipped."""
-        self.skipped = dict.fromkeys(SKIP_REASONS, 0)
+        self.skipped, self.not_utf8 = dict.fromkeys(SKIP_REASONS, 0), None
         for path in self.files:
             read = self._json_lines(path) if path.suffix == ".jsonl" else self._whole(path)
             for text in read:
-                if text is None or not text.strip():
-                    self.skipped["not UTF-8" if text is None else "blank"] += 1
+                if text is None:
+                    self.skipped["not UTF-8"] += 1
+                    self.not_utf8 = self.not_utf8 or path
+                elif not text.strip():
+                    self.skipped["blank"] += 1
                 else:
                     yield text
 
@@ -84,14 +89,15 @@ def open_source(config: PrepareConfig) -> Source:
     """Find the files of `config.source`. DataError if it is missing or has no file of a known kind."""
     if config.source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = _files_below(root, (".py",), STDLIB_SKIPS)
+        there = [path for path in _files_below(root, STDLIB_SKIPS) if path.suffix == ".py"]
     else:
         root = Path(config.source).expanduser()
-        files = [root] if root.is_file() and root.suffix in SUFFIXES else _files_below(root, SUFFIXES, frozenset())
+        there = [root] if root.is_file() else _files_below(root, frozenset())
         root = root.parent if root.is_file() else root
+    files = [path for path in there if path.name.endswith(SUFFIXES)]
     if not files:
         raise _source_error(config.source)
-    return Source(root, files, config.json_key)
+    return Source(root, files, config.json_key, ignored=len(there) - len(files))
 
 
 def file_sha256(path: Path) -> str:
@@ -103,13 +109,13 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _files_below(root: Path, suffixes: tuple[str, ...], skips: frozenset[str]) -> list[Path]:
-    """All files with these suffixes, sorted by path; hidden folders, `__pycache__` and `skips` are left out."""
+def _files_below(root: Path, skips: frozenset[str]) -> list[Path]:
+    """All files that are not hidden, sorted by path; hidden folders, `__pycache__` and `skips` are left out."""
     found: list[Path] = []
     with file_errors(root, "list"):
         for folder, folders, names in os.walk(root, onerror=_raise):
             folders[:] = [name for name in folders if name not in skips and name != "__pycache__" and name[0] != "."]
-            found += [Path(folder, name) for name in names if name.endswith(suffixes) and name[0] != "."]
+            found += [Path(folder, name) for name in names if name[0] != "."]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 

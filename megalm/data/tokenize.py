@@ -1,7 +1,8 @@
 """Raw text to a corpus that can be trained on: tokenizer.json, corpus.bin, corpus.idx and manifest.json.
 
 All four appear together at the end, the manifest last, or nothing does. A second run over the same inputs and settings
-finds the manifest, checks every file against it and does nothing.
+finds the manifest, checks every file against it and does nothing. A corpus of other inputs or settings is not replaced
+unasked: runs that were trained on it need its tokenizer.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ import numpy as np
 from tqdm import tqdm
 
 from megalm import __version__
-from megalm.config.data import PrepareConfig
-from megalm.data.indexed import IndexedWriter, data_error, file_errors
-from megalm.data.sources import Source, file_sha256, open_source
+from megalm.config.data import DataConfig, PrepareConfig
+from megalm.config.fields import assign
+from megalm.config.model import ModelConfig
+from megalm.data.indexed import CORPUS, IndexedWriter, data_error, file_errors
+from megalm.data.sources import SUFFIXES, Source, file_sha256, open_source
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError, Problem
 
-CORPUS = "corpus"
 TOKENIZER = "tokenizer.json"
 MANIFEST = "manifest.json"
 FILES = (TOKENIZER, f"{CORPUS}.bin", f"{CORPUS}.idx")
+KEYS = ("source", "inputs_sha256", "tokens", "vocab_size", "unigram_entropy_nats", "files", "settings")  # of a manifest
 RECIPE = 1  # raise it when the same inputs and settings would give other tokens
 PIECE = 1 << 16  # characters that one core encodes at a time
 BATCH = 1 << 22  # characters in flight: enough for all cores, small in memory
@@ -50,6 +53,7 @@ class Summary:
     vocab_size: int
     unigram_entropy_nats: float  # the loss of the best model that knows no context
     skipped: dict[str, int]  # documents left out, by reason
+    notes: list[str] = field(default_factory=list)  # what may surprise
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     seconds: float = 0.0
     reused: bool = False  # nothing was done: the output was complete
@@ -63,22 +67,35 @@ class Summary:
             f"({self.bytes / self.tokens:.2f} bytes per token), vocabulary {self.vocab_size:,}\n"
             f"  unigram entropy {self.unigram_entropy_nats:.4f} nats per token"
             + (f"\n  left out: {skipped} documents" if skipped else "")
+            + "".join(f"\n  note: {note}" for note in self.notes)
+            + f"\nnext: {self.next_command}"
         )
+
+    @property
+    def next_command(self) -> str:
+        """Trains on the corpus: what differs from pretrain's defaults is named."""
+        wanted = {"data.path": str(Path(self.output, CORPUS)), "model.vocab_size": self.vocab_size}
+        defaults = {"data.path": DataConfig().path, "model.vocab_size": ModelConfig().vocab_size}
+        changes = [assign(key, value) for key, value in wanted.items() if value != defaults[key]]
+        return " ".join(["megalm pretrain", *changes])
 
 
 def prepare(config: PrepareConfig) -> Summary:
     """Make the corpus that `config` describes, unless it is there.
 
     Raises DataError for a missing or unusable source, an empty corpus, a bad tokenizer, or an output that cannot be
-    written; the output folder is then as it was.
+    written or holds another corpus; the output folder is then as it was.
     """
     started = time.perf_counter()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     output = Path(config.output)
     source = open_source(config)
     inputs, settings = source.sha256(), _settings(config)
-    if not config.overwrite and (found := _complete(output, inputs, settings)):
-        return found
+    manifest = {} if config.overwrite else read_manifest(output)
+    if manifest:
+        _check_same(manifest, config, inputs, settings)
+        if _is_whole(output, manifest):
+            return _found(output, manifest)
     with _staging(output) as folder:
         tokenizer = _make_tokenizer(config, source, folder)
         documents, counts, size = _encode(source, tokenizer, folder)
@@ -92,6 +109,7 @@ def prepare(config: PrepareConfig) -> Summary:
             vocab_size=tokenizer.vocab_size,
             unigram_entropy_nats=entropy(counts),
             skipped=source.skipped,
+            notes=_notes(config, source, tokenizer.vocab_size),
             files={name: file_sha256(folder / name) for name in FILES},
             seconds=time.perf_counter() - started,
         )
@@ -115,7 +133,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raw = path.read_bytes()
     try:
         manifest = json.loads(raw)
-        complete = {"tokens", "vocab_size", "unigram_entropy_nats", "files", "settings"} <= manifest.keys()
+        complete = {*KEYS} <= manifest.keys()
     except (ValueError, AttributeError):
         complete = False
     if not complete:
@@ -127,18 +145,38 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     """What decides the result besides the inputs."""
     if not config.tokenizer:
         return {"recipe": RECIPE, "json_key": config.json_key, "vocab_size": config.vocab_size}
-    Tokenizer.load(config.tokenizer)  # a bad one is refused before any work
+    Tokenizer.load(config.tokenizer, "prepare.tokenizer")  # a bad one is refused before any work
     return {"recipe": RECIPE, "json_key": config.json_key, "tokenizer_sha256": file_sha256(Path(config.tokenizer))}
 
 
-def _complete(output: Path, inputs: str, settings: dict[str, Any]) -> Summary | None:
-    """The summary of an output that was made of the same inputs with the same settings and is undamaged."""
-    manifest = read_manifest(output)
-    if not manifest or manifest["settings"] != settings or manifest.get("inputs_sha256") != inputs:
-        return None
-    sums = {name: file_sha256(output / name) for name in FILES if (output / name).is_file()}
-    if sums != manifest["files"]:
-        return None
+def _check_same(manifest: dict[str, Any], config: PrepareConfig, inputs: str, settings: dict[str, Any]) -> None:
+    """Raise DataError if the corpus that is there was made of other inputs or with other settings."""
+    old, new = (
+        {
+            "inputs": f"sha256 {sha256[:12]}",
+            "vocabulary": made_with.get("vocab_size", "the tokenizer's"),
+            "tokenizer": made_with.get("tokenizer_sha256", "trained here")[:12],
+            "json_key": made_with.get("json_key"),
+            "recipe": made_with.get("recipe"),
+        }
+        for sha256, made_with in ((manifest["inputs_sha256"], manifest["settings"]), (inputs, settings))
+    )
+    if old["inputs"] != new["inputs"]:  # the same text under another name is no other source
+        old, new = {"source": manifest["source"], **old}, {"source": config.source, **new}
+    differences = [f"{name} ({old[name]}, now {new[name]})" for name in old if old[name] != new[name]]
+    if differences:
+        rule = f"the folder holds a corpus with another {', '.join(differences)}; runs trained on it need its tokenizer"
+        fix = "prepare.overwrite=true (or another prepare.output)"
+        raise DataError(Problem("prepare.output", config.output, rule, "", fix))
+
+
+def _is_whole(output: Path, manifest: dict[str, Any]) -> bool:
+    """Every file is as the manifest says."""
+    return manifest["files"] == {name: file_sha256(output / name) for name in FILES if (output / name).is_file()}
+
+
+def _found(output: Path, manifest: dict[str, Any]) -> Summary:
+    """The summary of a corpus that is there."""
     known = {name: manifest[name] for name in Summary.__dataclass_fields__ if name in manifest}
     return Summary(**{**known, "output": str(output), "reused": True})
 
@@ -147,7 +185,10 @@ def _complete(output: Path, inputs: str, settings: dict[str, Any]) -> Summary | 
 def _staging(output: Path) -> Iterator[Path]:
     """A hidden folder inside `output`, gone at the end; `output` too if it was made here and stays empty."""
     existed = output.exists()
-    with file_errors(output, "write to the folder"):
+    if existed and not output.is_dir():
+        rule = "a file, and the corpus is written into a folder"
+        raise DataError(Problem("prepare.output", output, rule, "", assign("prepare.output", f"{output}.corpus")))
+    with file_errors(output, "write to the folder", "prepare.output"):
         output.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".prepare-", dir=output))
     try:
@@ -167,6 +208,20 @@ def _make_tokenizer(config: PrepareConfig, source: Source, folder: Path) -> Toke
     tokenizer = Tokenizer.train(_progress(source, "train tokenizer"), config.vocab_size)
     tokenizer.save(folder / TOKENIZER)
     return tokenizer
+
+
+def _notes(config: PrepareConfig, source: Source, vocab_size: int) -> list[str]:
+    """What the user may not expect of the corpus."""
+    notes = []
+    if config.tokenizer and vocab_size != config.vocab_size:
+        notes.append(f"prepare.vocab_size={config.vocab_size} had no effect: prepare.tokenizer has its own vocabulary")
+    elif vocab_size < config.vocab_size:
+        notes.append(f"the vocabulary is smaller than prepare.vocab_size={config.vocab_size}: the text gives no more tokens")
+    if source.ignored:
+        notes.append(f"files of unknown kinds that were ignored: {source.ignored}; known are {', '.join(SUFFIXES)}")
+    if source.not_utf8:
+        notes.append(f"the first file that is not UTF-8 is {source.not_utf8}")
+    return notes
 
 
 def _progress(source: Source, title: str) -> Iterator[str]:

@@ -42,10 +42,10 @@ class Tokenizer:
         self.eod_id: int = vocab[end]
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json. DataError if it is missing or damaged."""
+    def load(cls, path: str | Path, key: str = "") -> Tokenizer:
+        """Read a tokenizer.json; `key` is the setting that names it. DataError if it is missing or damaged."""
         path = Path(path)
-        check_exists(path, "give the path of a tokenizer.json, or make one with `megalm prepare`")
+        check_exists(path, "give the path of a tokenizer.json, or make one with `megalm prepare`", key)
         try:
             inner = HFTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception

@@ -25,9 +25,9 @@ from megalm.models.registry import build_model
 
 def generate_command(config: GenerateConfig) -> None:
     """Print the continuations. Raises MegalmError if the checkpoint, the tokenizer or the prompt cannot be used."""
-    folder = find_checkpoint(Path(config.checkpoint))
+    folder = find_checkpoint(Path(config.checkpoint), "generate.checkpoint")
     manifest = read_manifest(folder)
-    tokenizer = find_tokenizer(config, manifest)
+    tokenizer = find_tokenizer(config, manifest, folder)
     device = find_device(config.device)
     megalm_kernels.choose("auto", device.type)
     model = load_model(folder, manifest, device)
@@ -39,7 +39,7 @@ def generate_command(config: GenerateConfig) -> None:
     )
     start, count = time.perf_counter(), 0
     for sample in range(config.samples):
-        tokens = list(generate(model, prompt, config, config.seed + sample, tokenizer.eod_id))
+        tokens = list(generate(model, prompt, config, config.seed + sample, tokenizer.eod_id, tokenizer.vocab_size))
         count += len(tokens)
         log(f"--- sample {sample + 1}\n{tokenizer.decode([*prompt, *tokens])}")
     log(f"--- {count} tokens, {count / (time.perf_counter() - start):.1f} tokens/s on {device.type}")
@@ -62,12 +62,12 @@ def load_model(folder: Path, manifest: Manifest, device: torch.device) -> Decode
     return model.eval().requires_grad_(False)
 
 
-def find_tokenizer(config: GenerateConfig, manifest: Manifest) -> Tokenizer:
-    """The one that is named, else the one that the run was trained with."""
+def find_tokenizer(config: GenerateConfig, manifest: Manifest, folder: Path) -> Tokenizer:
+    """The one that is named, else the run's own copy beside `checkpoints/`, else the one it was trained with."""
     if config.tokenizer:
         return Tokenizer.load(config.tokenizer)
-    data = manifest.config["data"]
-    path = Path(data["tokenizer"] or Path(data["path"]).parent / "tokenizer.json")
+    own, data = folder.parent.parent / "tokenizer.json", manifest.config["data"]
+    path = own if own.is_file() else Path(data["tokenizer"] or Path(data["path"]).parent / "tokenizer.json")
     if not path.is_file():
         rule = f"the run was trained with {path}, which is not there"
         raise DataError(Problem("generate.tokenizer", "", rule, "", "generate.tokenizer=PATH/tokenizer.json"))
@@ -98,14 +98,19 @@ def check_prompt(prompt: list[int], config: GenerateConfig, model: ModelConfig) 
 
 
 @torch.no_grad()
-def generate(model: Decoder, prompt: list[int], config: GenerateConfig, seed: int, eod_id: int) -> Iterator[int]:
-    """Token ids after the prompt, one by one; ends at the end-of-document token or after `max_tokens`."""
+def generate(
+    model: Decoder, prompt: list[int], config: GenerateConfig, seed: int, eod_id: int, vocab_size: int | None = None
+) -> Iterator[int]:
+    """Token ids after the prompt, one by one; ends at the end-of-document token or after `max_tokens`.
+
+    Ids from `vocab_size` on, which a padded model has and its tokenizer has not, are never drawn.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     cache = GrowingCache(len(prompt) + config.max_tokens)
     tokens = torch.tensor([prompt], device=device)
     for _ in range(config.max_tokens):
-        logits: Tensor = model(tokens, next_positions(cache, tokens.shape[1], device), cache=cache)[:, -1]
+        logits: Tensor = model(tokens, next_positions(cache, tokens.shape[1], device), cache=cache)[:, -1, :vocab_size]
         token = draw_token(logits, config.greedy, config.temperature, config.top_k, config.top_p, generator)
         if int(token) == eod_id:
             return

@@ -23,6 +23,7 @@ from megalm.errors import ConfigError, MegalmError, Problem, RunError
 
 _POLL_SECONDS = 0.05
 _NOTE_SECONDS = 1.0  # how long to wait for other workers' notes, so that the cause is shown and not its echo
+_STARTED = "--- started\n"  # separates the starts of a run in its log files
 _GRACE_SECONDS = 3.0  # between SIGTERM and SIGKILL
 
 
@@ -78,6 +79,8 @@ def _start(command: list[str], environ: dict[str, str], rank: int, log_dir: Path
     if rank == 0 and not quiet:
         return subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
     with open(log_dir / f"rank-{rank}.log", "a", encoding="utf-8") as file:
+        file.write(_STARTED)
+        file.flush()
         return subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
 
 
@@ -101,20 +104,25 @@ def _first_error(workers: list[subprocess.Popen], failed: list[int], log_dir: Pa
         if code < 0 and not (log_dir / f"error-rank-{rank}.json").exists():  # gloo may abort after an error was noted
             name = signal.Signals(-code).name
             rule = "every worker must run to the end; all the others were ended"
-            fix = f"look at {log_dir}/rank-{rank}.log; run the same command again: it resumes from the last checkpoint"
+            fix = f"look at {log_dir}/rank-{rank}.log; the same command again {_next_start(log_dir.parent)}"
             return RunError(Problem(f"rank {rank}", f"killed by {name}", rule, "", fix))
     notes = [json.loads(path.read_text()) for path in log_dir.glob("error-rank-*.json")]
     if not notes:
         tail = _tail(log_dir / f"rank-{failed[0]}.log")
+        rule = f"every worker must run to the end; last lines of its log: {tail}"
         ended = workers[failed[0]].poll()
-        return RunError(
-            Problem(f"rank {failed[0]}", f"ended with exit code {ended}", "every worker must run to the end", tail)
-        )
+        return RunError(Problem(f"rank {failed[0]}", f"ended with exit code {ended}", rule, "", "megalm doctor"))
     first = min(notes, key=lambda note: note["time"])
     sys.stderr.write(first["traceback"])  # empty for a user's mistake
     error = RunError(*(Problem(**problem) for problem in first["problems"]))
     error.kind, error.exit_code = f"{first['kind']} on rank {first['rank']}", first["exit_code"]
     return error
+
+
+def _next_start(run_dir: Path) -> str:
+    """What the next start of a run would do."""
+    latest = run_dir / "checkpoints" / "latest"
+    return f"resumes from {latest.read_text().strip()}" if latest.is_file() else "starts anew: nothing was saved yet"
 
 
 def note_error(error: BaseException) -> None:
@@ -132,7 +140,7 @@ def note_error(error: BaseException) -> None:
         "time": time.time(),
         "kind": error.kind,
         "exit_code": error.exit_code,
-        "problems": [{**vars(problem), "value": str(problem.value)} for problem in error.problems],
+        "problems": [{**vars(p), "value": p.value if p.value is None else str(p.value)} for p in error.problems],
     }
     path = Path(folder) / f"error-rank-{os.environ['RANK']}.json"
     path.with_suffix(".tmp").write_text(json.dumps(note))
@@ -178,4 +186,5 @@ def _tail(path: Path, lines: int = 5) -> str:
     """The last lines of a log file, in one line."""
     if not path.exists():
         return ""
-    return " | ".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    of_this_start = path.read_text(encoding="utf-8", errors="replace").rpartition(_STARTED)[2]
+    return " | ".join(of_this_start.splitlines()[-lines:])

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 import yaml
 
 import megalm_kernels
-from megalm.checkpoint.sharded import LATEST, find_checkpoint, read_manifest
+from megalm.checkpoint.sharded import LATEST, MANIFEST, find_checkpoint, read_manifest
 from megalm.checkpoint.state import RunState, load_checkpoint, state_of
 from megalm.config.parallel import layout_name
 from megalm.config.run import RunConfig
-from megalm.data.corpus import open_corpus
-from megalm.errors import CheckpointError, Problem, RunError, writing
-from megalm.log import close_log, log, open_log
+from megalm.data.corpus import Corpus, open_corpus
+from megalm.errors import CheckpointError, ConfigError, Problem, RunError, writing
+from megalm.log import close_log, log, open_log, this_rank
 from megalm.models.count import count_parameters
 from megalm.parallel.bootstrap import start_process_group, stop_process_group
-from megalm.parallel.topology import build_topology
+from megalm.parallel.topology import Topology, build_topology
 from megalm.parallel.workers import make_folder, note_error
-from megalm.train.build import Job, build_job
+from megalm.train.build import build_job
 from megalm.train.hooks import Checkpointing, Evaluating, Logging, ProgressBar
 from megalm.train.tracking import build_trackers
 from megalm.train.trainer import Hook, Trainer
@@ -32,10 +33,11 @@ from megalm.train.trainer import Hook, Trainer
 
 def pretrain(config: RunConfig) -> None:
     """Train as `config` says, on the ranks that have been started. Raises MegalmError for what a user can mend."""
-    run_dir = Path(config.train.run_dir)
+    run_dir, lock = Path(config.train.run_dir), None
     try:
         make_folder(run_dir)
         with writing(run_dir):
+            lock = lock_folder(run_dir) if this_rank() == 0 else None
             open_log(run_dir / "logs")
         device = start_process_group(config.cluster)
         config.cluster.num_processes = dist.get_world_size()
@@ -49,16 +51,37 @@ def pretrain(config: RunConfig) -> None:
         raise
     finally:
         close_log()
+        if lock is not None:
+            lock.close()
+
+
+def lock_folder(run_dir: Path) -> TextIO:
+    """Hold the run's folder until the file is closed or the process ends. Raises ConfigError if another run holds it."""
+    file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  open for as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        rule = f"another run is writing there (process {owner})"
+        raise ConfigError(Problem("train.run_dir", run_dir, rule, "", "another train.run_dir, or wait for its end")) from error
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
     resolved = asdict(config)
-    corpus = open_corpus(config.data, config.model.vocab_size)
+    evaluates, tensor_parallel = bool(config.train.eval_every), config.parallel.tensor_parallel
+    corpus = open_corpus(config.data, config.model.vocab_size, evaluates, tensor_parallel)
     source = find_source(config, run_dir)
     if source is not None and _is_finished(config, source):
         return
     topology = build_topology(config.parallel, device, timedelta(seconds=config.cluster.timeout_seconds))
     choices = megalm_kernels.choose(config.kernels.backend, device.type)
+    _announce(config, topology, corpus, choices)
     job = build_job(config, topology, corpus, draw=source is None)
     fingerprint = corpus.fingerprint()
     state = RunState(data_fingerprint=fingerprint)
@@ -71,23 +94,36 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
     if topology.rank == 0:
         with writing(run_dir):
             (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-    _announce(job, choices)
+            if corpus.tokenizer is not None:  # the run's own copy: a corpus may be made anew, or stay behind
+                corpus.tokenizer.save(run_dir / "tokenizer.json")
     logging = Logging(build_trackers(config, resolved) if topology.rank == 0 else [])
     hooks: list[Hook] = [ProgressBar(), logging, Evaluating(logging), Checkpointing(resolved, logging)]
     Trainer(job, state, hooks).fit()
     unigram = corpus.unigram_entropy
-    yardstick = f"; the corpus's unigram entropy is {unigram:.4f}" if unigram else ""
+    yardstick = f", {_side(logging.recent_loss, unigram)} the corpus's unigram entropy of {unigram:.4f}" if unigram else ""
     log(f"training loss {logging.recent_loss:.4f} nats per token over the last {len(logging.losses)} steps{yardstick}")
     log(
         f"done: step {state.step} of {config.train.steps}, {state.consumed_tokens:,} tokens; everything is in {run_dir}"
     )
 
 
+def _side(loss: float, unigram: float) -> str:
+    """Whether the model knows more than how common each token is."""
+    return "well below" if loss < unigram - 0.5 else "below" if loss < unigram else "not yet below"
+
+
 def find_source(config: RunConfig, run_dir: Path) -> Path | None:
-    """The checkpoint to start from: the run folder's own latest, else `checkpoint.load`, else none."""
-    if (run_dir / "checkpoints" / LATEST).is_file():
+    """The checkpoint to start from: the run folder's own latest, else `checkpoint.load`, else none.
+
+    Raises CheckpointError if there are checkpoints and no word of which is the latest: starting anew would bury them.
+    """
+    own = run_dir / "checkpoints"
+    if (own / LATEST).is_file():
         return find_checkpoint(run_dir)
-    return find_checkpoint(Path(config.checkpoint.load)) if config.checkpoint.load else None
+    if found := sorted(path.parent.name for path in own.glob(f"step-*/{MANIFEST}")):
+        rule = f"must name the checkpoint to go on from; there are {', '.join(found)}"
+        raise CheckpointError(Problem(str(own / LATEST), "missing", rule, "", f"echo {found[-1]} > {own / LATEST}"))
+    return find_checkpoint(Path(config.checkpoint.load), "checkpoint.load") if config.checkpoint.load else None
 
 
 def _is_finished(config: RunConfig, source: Path) -> bool:
@@ -126,20 +162,15 @@ def _check_same_data(source: Path, state: RunState, config: RunConfig, fingerpri
         )
 
 
-def _announce(job: Job, choices: list[Any]) -> None:
+def _announce(config: RunConfig, topology: Topology, corpus: Corpus, choices: list[Any]) -> None:
     """One look at what is about to run."""
-    config, model = job.config, job.config.model
-    layout = layout_name(config.parallel, job.topology.data.size)
+    model, layout = config.model, layout_name(config.parallel, topology.data.size)
     log(
         f"{model.architecture} {count_parameters(model):,} parameters, {config.train.precision}; layout {layout} on "
-        f"{job.topology.world_size} x {job.topology.device.type}; {job.executor.schedule.num_microbatches} microbatches of "
-        f"{config.train.micro_batch_size} x {config.data.seq_length} tokens per rank and step"
+        f"{topology.world_size} x {topology.device.type}; microbatches per rank and step: {config.num_microbatches} of "
+        f"{config.train.micro_batch_size} x {config.data.seq_length} tokens"
     )
-    if job.corpus.unigram_entropy is not None:
-        log(
-            f"corpus: {job.corpus.indexed.num_tokens:,} tokens, unigram entropy {job.corpus.unigram_entropy:.4f} nats per token"
-        )
-    backends = {choice.backend for choice in choices}
-    log(
-        f"kernels: {', '.join(sorted(backends))} ({'; '.join(sorted({choice.reason for choice in choices}))}); pid {os.getpid()}"
-    )
+    if corpus.unigram_entropy is not None:
+        log(f"corpus: {corpus.indexed.num_tokens:,} tokens, unigram entropy {corpus.unigram_entropy:.4f} nats per token")
+    backends = ", ".join(sorted({choice.backend for choice in choices}))
+    log(f"kernels: {backends} ({'; '.join(sorted({choice.reason for choice in choices}))}); pid {os.getpid()}")

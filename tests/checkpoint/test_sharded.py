@@ -144,7 +144,7 @@ def test_missing(name: str, copy: Path) -> None:
     (copy / name).unlink()
     with pytest.raises(CheckpointError, match=name) as caught:
         load(copy)
-    assert "checkpoint.load=" in str(caught.value)
+    assert "another train.run_dir" in str(caught.value)
 
 
 def test_a_shard_of_another_checkpoint(copy: Path) -> None:
@@ -186,6 +186,8 @@ def test_find_a_checkpoint_or_the_latest_of_a_run(tmp_path: Path) -> None:
         assert find_checkpoint(path) == root / "step-00000002"
     with pytest.raises(CheckpointError, match="train first"):
         find_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"generate.checkpoint=.*run$"):
+        find_checkpoint(tmp_path / "rum", "generate.checkpoint")
 
 
 @pytest.mark.parametrize(

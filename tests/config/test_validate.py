@@ -127,6 +127,25 @@ def test_the_number_of_processes_is_derived(monkeypatch: pytest.MonkeyPatch) -> 
     assert load(RunConfig, raw).data_parallel == 3
 
 
+@pytest.mark.parametrize(
+    ("stages", "fix"), [(2, "parallel.pipeline_parallel=1"), (3, "parallel.tensor_parallel=1 parallel.pipeline_parallel=1")]
+)
+def test_a_layout_under_a_launcher(stages: int, fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flat = {"parallel.tensor_parallel": stages, "parallel.pipeline_parallel": stages, "model.num_heads": 12}
+    problem = next(p for p in examine(RunConfig, nested(flat))[1] if "were started" in p.rule)
+    assert f"2 were started, this layout needs a multiple of {stages * stages}" in problem.rule
+    assert set(problem.fix.split()) <= {"parallel.tensor_parallel=1", "parallel.pipeline_parallel=1"}
+    assert len(problem.fix.split()) == len(fix.split())
+
+
+def test_millions_of_processes_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    flat = {"cluster.num_processes": 10**9, "parallel.tensor_parallel": 2}
+    assert examine(RunConfig, nested(flat))[1][0].fix == "cluster.num_processes=4"
+
+
 def test_the_rule_prints_every_factor() -> None:
     _, problems = examine(RunConfig, nested({"train.global_batch_size": 10, "cluster.num_processes": 3}))
     assert "train.micro_batch_size = 4, data parallel copies = 3" in problems[0].rule

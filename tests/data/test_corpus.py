@@ -73,6 +73,13 @@ def test_vocabulary_larger_than_the_models(request, kind, needed):
     assert (problem.key, problem.value, problem.fix) == ("model.vocab_size", needed - 1, f"model.vocab_size={needed}")
 
 
+def test_the_vocabulary_that_is_proposed_can_be_shared_out(prepared):
+    for multiple_of, proposed in ((4, 272), (27, 270)):
+        with pytest.raises(DataError) as caught:
+            open_corpus(prepared, 100, multiple_of=multiple_of)
+        assert caught.value.problems[0].fix == f"model.vocab_size={proposed}"
+
+
 def test_negative_ids(tmp_path, bare):
     (tmp_path / "bare.bin").write_bytes(np.full(100, -1, "<i4").tobytes())
     index = bytearray((tmp_path / "bare.idx").read_bytes())
@@ -105,8 +112,17 @@ def test_tokenizer_smaller_than_the_corpus(prepared, tmp_path):
 
 
 def test_missing_tokenizer(prepared):
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match=r"data\.tokenizer = none\.json\n.*does not exist"):
         open_corpus(replace(prepared, tokenizer="none.json"), 270)
+
+
+@pytest.mark.parametrize("end", ["", "/", "/corpus.bin", "/corpus.idx"])
+def test_the_prefix_that_was_meant(prepared, tmp_path, end):
+    path = f"{tmp_path}/out{end}"
+    with pytest.raises(DataError) as caught:
+        open_corpus(replace(prepared, path=path), 270)
+    problem = caught.value.problems[0]
+    assert (problem.key, problem.value, problem.fix) == ("data.path", path, f"data.path={prepared.path}")
 
 
 @pytest.mark.parametrize(("split", "name"), [("1,0,0", "train"), ("0.8,0.2,0", "train"), ("0,1,0", "train")])
@@ -118,9 +134,27 @@ def test_split_without_a_sample(prepared, split, name):
 def test_validation_without_a_sample(prepared):
     corpus = open_corpus(prepared, 270)
     length = corpus.valid.num_tokens
-    with pytest.raises(DataError, match="the valid split has"):
+    with pytest.raises(DataError, match=r"the valid split has[\s\S]*fix: +train\.eval_every=0$"):
         open_corpus(replace(prepared, seq_length=length), 270)
     open_corpus(replace(prepared, seq_length=length - 1), 270)
+    assert open_corpus(replace(prepared, seq_length=length), 270, evaluates=False).valid is None
+
+
+def test_test_without_a_sample(prepared):
+    with pytest.raises(DataError, match="the test split has") as caught:
+        open_corpus(replace(prepared, split="0.6,0.3,0.1", seq_length=300), 270)
+    assert caught.value.problems[0].fix == """'data.split="0.6,0.3,0"'"""
+    assert open_corpus(replace(prepared, split="0.6,0.3,0", seq_length=300), 270).test is None
+
+
+def test_one_document_is_enough_to_train(tmp_path):
+    (tmp_path / "one.txt").write_text("all there is\n" * 30)
+    prepare(PrepareConfig(source=str(tmp_path / "one.txt"), output=str(tmp_path / "out"), vocab_size=270))
+    config = DataConfig(path=str(tmp_path / "out" / "corpus"), seq_length=16)
+    corpus = open_corpus(config, 270, evaluates=False)
+    assert (len(corpus.train.documents), corpus.valid, corpus.test) == (1, None, None)
+    with pytest.raises(DataError, match="the valid split has 0 tokens"):
+        open_corpus(config, 270)
 
 
 def test_fingerprint_names_what_decides_the_samples(prepared, bare):

@@ -130,7 +130,7 @@ def test_token_file_of_another_size(tmp_path, size, rule):
 def test_missing_file(tmp_path, suffix):
     prefix = write(tmp_path / "c")
     Path(f"{prefix}.{suffix}").unlink()
-    with pytest.raises(DataError, match=rf"c\.{suffix}\n.*does not exist"):
+    with pytest.raises(DataError, match=rf"data\.path = {prefix}\n.*c\.{suffix} does not exist"):
         IndexedDataset(prefix)
 
 

@@ -19,7 +19,9 @@ def test_folder_is_walked_in_path_order(tmp_path):
     for name in ["b.txt", "a/z.md", "a/b/c.py", "a.txt", "no.bin", ".hidden.txt", ".git/x.txt", "__pycache__/y.py"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert list(source_of(tmp_path).documents()) == ["a.txt", "a/b/c.py", "a/z.md", "b.txt"]
+    source = source_of(tmp_path)
+    assert list(source.documents()) == ["a.txt", "a/b/c.py", "a/z.md", "b.txt"]
+    assert source.ignored == 1  # no.bin; what is hidden is not counted
 
 
 def test_what_is_not_text_is_counted(tmp_path):
@@ -30,6 +32,7 @@ def test_what_is_not_text_is_counted(tmp_path):
     source = source_of(tmp_path)
     assert list(source.documents()) == ["with a mark", "one", "two"]
     assert source.skipped == {"not UTF-8": 2, "blank": 2}
+    assert source.not_utf8 == tmp_path / "a.txt"
     list(source.documents())
     assert source.skipped == {"not UTF-8": 2, "blank": 2}  # of the last pass, not of all
 
@@ -80,6 +83,7 @@ def test_standard_library():
     assert {"json/decoder.py", "argparse.py"} <= names
     assert not any({"test", "tests", "idlelib", "lib2to3", "site-packages"} & set(name.split("/")) for name in names)
     assert 9e6 < source.num_bytes() < 14e6
+    assert source.ignored == 0 and {path.suffix for path in source.files} == {".py"}
 
 
 def test_missing_source(tmp_path):

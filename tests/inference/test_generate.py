@@ -91,6 +91,11 @@ def test_the_seed_decides() -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_padding_of_the_vocabulary_is_never_drawn() -> None:
+    model, config = sharp("llama"), GenerateConfig(max_tokens=30, temperature=5.0, top_p=1.0)
+    assert max(generate(model, [1, 2], config, 0, NO_END)) >= 9 > max(generate(model, [1, 2], config, 0, NO_END, 9))
+
+
 def test_it_stops_at_the_end_of_the_document() -> None:
     model, config = sharp("llama"), GenerateConfig(max_tokens=12, greedy=True)
     tokens = list(generate(model, [1, 2], config, 0, NO_END))
@@ -146,10 +151,18 @@ def test_it_finds_the_tokenizer_of_the_run(tmp_path: Path, tokenizer: Path, caps
     assert capsys.readouterr().out.count("def ") == 2
 
 
+def test_the_runs_own_copy_comes_first(tmp_path: Path, tokenizer: Path) -> None:
+    """The corpus may have been made anew since, with another vocabulary."""
+    run = save(tmp_path / "run", "gpt", DataConfig(path=str(tmp_path / "gone" / "corpus")))
+    (run / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    folder = run / "checkpoints" / "step-00000000"
+    assert find_tokenizer(GenerateConfig(), read_manifest(folder), folder).encode("def ")
+
+
 def test_missing_tokenizer(tmp_path: Path) -> None:
     folder = save(tmp_path, "gpt", DataConfig(path=str(tmp_path / "corpus"))) / "checkpoints" / "step-00000000"
     with pytest.raises(DataError, match="which is not there") as caught:
-        find_tokenizer(GenerateConfig(), read_manifest(folder))
+        find_tokenizer(GenerateConfig(), read_manifest(folder), folder)
     assert str(tmp_path / "tokenizer.json") in str(caught.value) and "generate.tokenizer=" in str(caught.value)
 
 

@@ -34,8 +34,11 @@ def config_of(*arguments: str, verb: str = "pretrain") -> Any:
         ("parallel=tp2_foo", "parallel", "no such option"),
         ("train.steps=many", "train.steps", "wrong type"),
         ("train.steps=1,2", "train.steps", "several values"),
-        ("data.split=0.9,0.1,0", "data.split", "several values"),
-        ("data.path={", "data.path", "cannot read this value"),
+        ("train.seed={", "train.seed", "cannot read this value"),
+        ("train.run_dir=", "train.run_dir", "out of bounds"),
+        ("train.run_dir=${", "pretrain", "cannot compose"),
+        ("--hepl", "--hepl", "did you mean --help?"),
+        ("cluster.threads=9999", "cluster.threads", "out of bounds"),
         ("steps", "steps", "did you mean train.steps=...?"),
         ("absent.yaml", "absent.yaml", "cannot read this file"),
         ("train.run_dir=${nowhere}", "train.run_dir", "cannot resolve"),
@@ -128,3 +131,48 @@ def test_the_saved_config_of_a_run_is_a_config(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     assert config_of(str(file)) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["the cat, dog", "true", "def f(x):", "a\nb", "{", "5", r"\d \" \\", "\u00e9 \u65e5", "it's", '"a" and "b"']
+)
+def test_text_is_what_was_typed(text: str) -> None:
+    assert config_of(f"prompt={text}", verb="generate").generate.prompt == text
+    assert config_of(f"generate.prompt={text}", verb="generate").generate.prompt == text
+
+
+def test_quoted_text_and_escaped_dollar() -> None:
+    assert config_of("data.split='0.9,0.1,0'").data.split == "0.9,0.1,0"
+    assert config_of(r"prompt=a \${b}", verb="generate").generate.prompt == "a ${b}"
+    _, problems = look("prompt=a ${b}", verb="generate")
+    assert "for the text itself" in problems[0].fix
+
+
+def test_jobs_of_a_sweep_need_two_folders() -> None:
+    _, (problem,) = look("-m", "train.run_dir=runs/x", "optim.lr=1,2")
+    assert (problem.key, problem.fix) == ("train.run_dir", "'train.run_dir=\"runs/x_${optim.lr}\"'")
+    config_of("optim.lr=1,2", "-m", "train.run_dir=runs/x_${optim.lr}")
+    _, (problem,) = look("-m", "train.run_dir=runs/x", "model=tiny,tiny_gpt")
+    assert problem.fix == "leave train.run_dir out"
+
+
+def test_a_stray_sweep_names_the_full_key() -> None:
+    _, (problem,) = look("steps=1,2", verb="parity")
+    assert (problem.key, problem.fix) == ("parity.steps", "parity.steps=1")
+
+
+@pytest.mark.parametrize(("argument", "fix"), [("modle=tiny", "model=tiny"), ("pararell=tp2", "parallel=tp2")])
+def test_a_mistyped_group(argument: str, fix: str) -> None:
+    assert [problem.fix for problem in look(argument)[1]] == [fix]
+
+
+def test_a_group_inside_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: tiny\n")
+    _, (problem,) = look(str(tmp_path / "mine.yaml"))
+    assert (problem.key, problem.fix) == ("model", "model=tiny")
+
+
+def test_parity_has_layouts_of_its_own() -> None:
+    _, problems = look("parallel=tp2", "steps=0", verb="parity")
+    assert [problem.key for problem in problems] == ["parallel", "parity.steps"]
+    assert problems[0].fix == "'parity.layouts=[tp2]'"

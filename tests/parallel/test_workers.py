@@ -97,7 +97,8 @@ def alive(tmp_path: Path) -> list[int]:
 
 
 def log_of(tmp_path: Path, rank: int) -> str:
-    return (tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text()
+    """What a worker wrote in its last start."""
+    return (tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text().rpartition("--- started\n")[2]
 
 
 def test_all_ranks_run_and_write_their_logs(tmp_path, capfd):
@@ -187,7 +188,7 @@ def test_a_worker_that_leaves_no_note_shows_its_last_lines(tmp_path):
     with pytest.raises(RunError) as caught:
         launch(tmp_path, "exit")
     problem = caught.value.problems[0]
-    assert problem.value == "ended with exit code 9" and problem.allowed == "hello from 1 of 3 | last words"
+    assert problem.value == "ended with exit code 9" and problem.rule.endswith("log: hello from 1 of 3 | last words")
 
 
 def test_notes_of_an_earlier_run_are_not_shown_again(tmp_path):

@@ -173,3 +173,27 @@ def test_a_full_disk_is_named(make, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match="cannot write weights: No space left on device"):
         pretrain(config)
     assert not Path(config.train.run_dir, "checkpoints", LATEST).exists()
+
+
+def test_two_runs_cannot_share_a_folder(make, records) -> None:
+    config = make("run", {"train.steps": 1})
+    Path(config.train.run_dir).mkdir(parents=True)
+    with module.lock_folder(Path(config.train.run_dir)), pytest.raises(ConfigError, match="another run is writing there"):
+        pretrain(config)
+    assert not Path(config.train.run_dir, "metrics.jsonl").exists()
+    pretrain(config)
+    assert len(records(config)) == 1
+
+
+def test_checkpoints_without_a_latest_are_not_buried(make) -> None:
+    config = make("run", {"train.steps": 2})
+    pretrain(config)
+    Path(config.train.run_dir, "checkpoints", LATEST).unlink()
+    with pytest.raises(CheckpointError, match="step-00000002") as caught:
+        pretrain(config)
+    assert caught.value.problems[0].fix.startswith("echo step-00000002 > ")
+
+
+@pytest.mark.parametrize(("loss", "said"), [(2.0, "well below"), (2.8, "below"), (3.5, "not yet below")])
+def test_the_yardstick_of_a_loss(loss: float, said: str) -> None:
+    assert module._side(loss, 3.0) == said
