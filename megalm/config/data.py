@@ -33,4 +33,4 @@ class PrepareConfig:
     vocab_size: int = knob(2048, "tokens of the byte-level BPE that is trained here", minimum=258)
     tokenizer: str = knob("", "an existing tokenizer.json to use; empty: train one on the corpus")
     json_key: str = knob("text", "field that holds the text in .jsonl files")
-    overwrite: bool = knob(False, "make it anew even if the output is complete and of the same inputs")
+    overwrite: bool = knob(False, "make it anew, also where the output holds a corpus of other inputs or settings")

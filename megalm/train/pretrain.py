@@ -41,9 +41,7 @@ def pretrain(config: RunConfig) -> None:
             open_log(run_dir / "logs")
         device = start_process_group(config.cluster)
         config.cluster.num_processes = dist.get_world_size()
-        torch.manual_seed(
-            config.train.seed
-        )  # nothing draws from it; if something does one day, it is the same each time
+        torch.manual_seed(config.train.seed)  # nothing draws from it; what does one day is the same each time
         _train(config, run_dir, device)
         stop_process_group()
     except BaseException as error:
@@ -60,12 +58,14 @@ def lock_folder(run_dir: Path) -> TextIO:
     file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  open for as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.seek(0)
         owner = file.read().strip()
         file.close()
         rule = f"another run is writing there (process {owner})"
         raise ConfigError(Problem("train.run_dir", run_dir, rule, "", "another train.run_dir, or wait for its end")) from error
+    except OSError as error:  # some network file systems
+        log(f"{run_dir} is not locked ({error.strerror}): do not start a second run there")
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
@@ -102,9 +102,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
     unigram = corpus.unigram_entropy
     yardstick = f", {_side(logging.recent_loss, unigram)} the corpus's unigram entropy of {unigram:.4f}" if unigram else ""
     log(f"training loss {logging.recent_loss:.4f} nats per token over the last {len(logging.losses)} steps{yardstick}")
-    log(
-        f"done: step {state.step} of {config.train.steps}, {state.consumed_tokens:,} tokens; everything is in {run_dir}"
-    )
+    log(f"done: step {state.step} of {config.train.steps}, {state.consumed_tokens:,} tokens; everything is in {run_dir}")
 
 
 def _side(loss: float, unigram: float) -> str:

@@ -197,3 +197,14 @@ def test_checkpoints_without_a_latest_are_not_buried(make) -> None:
 @pytest.mark.parametrize(("loss", "said"), [(2.0, "well below"), (2.8, "below"), (3.5, "not yet below")])
 def test_the_yardstick_of_a_loss(loss: float, said: str) -> None:
     assert module._side(loss, 3.0) == said
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    module.lock_folder(tmp_path).close()
+    assert "is not locked (No locks available)" in capsys.readouterr().out
