@@ -107,7 +107,7 @@ def _devices() -> Iterator[Row]:
         return
     hardware = list(Path("/dev").glob("nvidia[0-9]*"))
     if hardware and torch.version.cuda is None:
-        mend = "pip install --force-reinstall torch, from where its CUDA builds are"
+        mend = "pip install --force-reinstall torch"
         yield Row("gpu", "warn", f"{len(hardware)} found, but torch {torch.__version__} is built for CPU", mend)
     elif hardware:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
