@@ -242,8 +242,8 @@ def _is_sound(override: Override, command: Command, loader: ConfigLoaderImpl, pr
     if override.is_hydra_override() or key in sections:
         return True
     value = None if override.is_delete() or override.is_sweep_override() else override.value()
-    problem = unknown_key(key, value, [*sections, *loader.list_groups("")])
-    guess = suggest(key, [*sections, *loader.list_groups("")])
+    names = [*sections, *loader.list_groups("")]
+    problem, guess = unknown_key(key, value, names), suggest(key, names)
     if isinstance(value, str) and loader.get_group_options(guess or "."):
         problem = replace(problem, fix=assign(guess, value))
     problems.append(problem)

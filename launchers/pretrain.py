@@ -16,13 +16,11 @@ def main() -> None:
 
     def task(config: RunConfig) -> None:
         from megalm.config.machine import processes
-        from megalm.data.corpus import open_corpus
+        from megalm.data.corpus import corpus_of
         from megalm.parallel.workers import in_worker, start_workers
 
         if not in_worker():
-            # before anything is started or written
-            evaluates, tensor_parallel = bool(config.train.eval_every), config.parallel.tensor_parallel
-            open_corpus(config.data, config.model.vocab_size, evaluates, tensor_parallel)
+            corpus_of(config)  # what is wrong with it is said before anything is started or written
         if in_worker() or processes(config) == 1:  # one rank needs no processes of its own
             work(config)
         else:

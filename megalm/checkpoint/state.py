@@ -36,6 +36,10 @@ class RunState:
     data_fingerprint: str = ""
     stopped_early: bool = False
 
+    def is_out_of_patience(self, patience: int) -> bool:
+        """Whether early stopping ends the run; never with a patience of 0."""
+        return bool(patience) and self.evaluations_without_gain >= patience
+
 
 def save_checkpoint(root: Path, engine: Engine, state: RunState, config: dict[str, Any], keep: int) -> Path:
     """Write `root/step-NNNNNNNN`. Collective over all ranks; the parts of one parameter's copies are written by turns.

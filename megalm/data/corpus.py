@@ -11,6 +11,7 @@ import numpy as np
 
 from megalm.config.data import DataConfig
 from megalm.config.fields import assign
+from megalm.config.run import RunConfig
 from megalm.data.indexed import IndexedDataset, data_error
 from megalm.data.packing import SPLITS, GPTDataset, parse_split, split_documents
 from megalm.data.sources import file_sha256
@@ -48,6 +49,12 @@ class Corpus:
             "seq_length": self.config.seq_length,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def corpus_of(config: RunConfig) -> Corpus:
+    """The corpus of a run; raises what `open_corpus` raises."""
+    evaluates = bool(config.train.eval_every)
+    return open_corpus(config.data, config.model.vocab_size, evaluates, config.parallel.tensor_parallel)
 
 
 def open_corpus(config: DataConfig, model_vocab_size: int, evaluates: bool = True, multiple_of: int = 1) -> Corpus:

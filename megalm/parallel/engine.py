@@ -44,10 +44,6 @@ class Tie:
     name: str  # the parameter here
     original: str  # its name on the first stage, under which it is drawn, counted and saved
 
-    @property
-    def is_copy(self) -> bool:
-        return self.name != self.original
-
 
 class Engine(ABC):
     """Gradients in, weights out."""

@@ -21,7 +21,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -156,29 +156,31 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        if self.aliased:
-            for parameters, gradients in zip(
-                self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True
-            ):
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient.view_as(parameter)
-        with nullcontext() if self.aliased else self.deepspeed.coalesce_grad_reduction():
+        with self._flat_gradients() if self.aliased else self._one_reduction():
             yield
             self._reduce_model_parallel()
-            if self.aliased:
-                self._hand_over_aliased()
-            else:
-                self.optimizer.backward_epilogue()
-        if self.aliased:
-            self.deepspeed.allreduce_gradients()
 
-    def _hand_over_aliased(self) -> None:
-        """Tell the bf16 optimizer that its flat fp32 gradients are full."""
-        for i, parameters in enumerate(self.optimizer.bf16_groups):
+    @contextmanager
+    def _one_reduction(self) -> Iterator[None]:
+        """Gradients stay on the parameters and are reduced once, on leaving."""
+        with self.deepspeed.coalesce_grad_reduction():
+            yield
+            self.optimizer.backward_epilogue()
+
+    @contextmanager
+    def _flat_gradients(self) -> Iterator[None]:
+        """bf16 ZeRO-1: autograd adds into the optimizer's flat fp32 gradients, which are told that they are full."""
+        optimizer = self.optimizer
+        for parameters, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.view_as(parameter)
+        yield
+        for i, parameters in enumerate(optimizer.bf16_groups):
             for j, parameter in enumerate(parameters):
                 parameter.grad = None
-                parameter._hp_grad = self.optimizer.fp32_groups_gradients[i][j]
-                self.optimizer.fp32_groups_has_gradients[i][j] = True
+                parameter._hp_grad = optimizer.fp32_groups_gradients[i][j]
+                optimizer.fp32_groups_has_gradients[i][j] = True
+        self.deepspeed.allreduce_gradients()
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """DeepSpeed averages over data parallel ranks; the contract is a sum."""

@@ -115,7 +115,7 @@ class Evaluating(Hook):
             state.best_valid_loss, state.evaluations_without_gain = evaluation.loss, 0
             return
         state.evaluations_without_gain += 1
-        if config.patience and state.evaluations_without_gain >= config.patience:
+        if state.is_out_of_patience(config.patience):
             state.stopped_early = True
             log(f"stopped early: {config.patience} evaluations without a better loss than {state.best_valid_loss:.4f}")
 

@@ -60,7 +60,6 @@ def parity_command(config: ParityRun) -> None:
     work = Path(config.parity.work_dir)
     make_folder(work)
     clear(work, list(runs))
-    make_folder(work)
     if not config.data.path:
         write_random_corpus(work / "corpus", config)
     log(
@@ -77,6 +76,8 @@ def parity_command(config: ParityRun) -> None:
         log(_row(result))
     if not config.parity.keep:
         clear(work, list(runs))
+        if not any(work.iterdir()):
+            work.rmdir()
     faults = [Problem(f"layout {r.layout}", None, "; ".join(r.faults)) for r in results if r.faults]
     if faults:
         error = RunError(*faults)
@@ -92,8 +93,6 @@ def clear(work: Path, layouts: list[str]) -> None:
         (work / f"{name}.yaml").unlink(missing_ok=True)
     for suffix in (".bin", ".idx"):
         (work / "corpus").with_suffix(suffix).unlink(missing_ok=True)
-    if not any(work.iterdir()):
-        work.rmdir()
 
 
 def run_config(config: ParityRun, layout: str) -> RunConfig:

@@ -18,7 +18,7 @@ from megalm.checkpoint.sharded import LATEST, MANIFEST, find_checkpoint, read_ma
 from megalm.checkpoint.state import RunState, load_checkpoint, state_of
 from megalm.config.parallel import layout_name
 from megalm.config.run import RunConfig
-from megalm.data.corpus import Corpus, open_corpus
+from megalm.data.corpus import Corpus, corpus_of
 from megalm.errors import CheckpointError, ConfigError, Problem, RunError, writing
 from megalm.log import close_log, log, open_log, this_rank
 from megalm.models.count import count_parameters
@@ -74,8 +74,7 @@ def lock_folder(run_dir: Path) -> TextIO:
 
 def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
     resolved = asdict(config)
-    evaluates, tensor_parallel = bool(config.train.eval_every), config.parallel.tensor_parallel
-    corpus = open_corpus(config.data, config.model.vocab_size, evaluates, tensor_parallel)
+    corpus = corpus_of(config)
     source = find_source(config, run_dir)
     if source is not None and _is_finished(config, source):
         return
@@ -87,7 +86,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
     state = RunState(data_fingerprint=fingerprint)
     if source is not None:
         state = load_checkpoint(source, job.engine, resolved["model"])
-        state.stopped_early = _is_stopped(config, state)
+        state.stopped_early = state.is_out_of_patience(config.train.patience)  # that of now, not of then
         _check_same_data(source, state, config, fingerprint)
         log(f"resumed from {source} at step {state.step}")
     _check_same_start(state, device)
@@ -127,18 +126,13 @@ def find_source(config: RunConfig, run_dir: Path) -> Path | None:
 def _is_finished(config: RunConfig, source: Path) -> bool:
     """Whether there is nothing left to do; says so."""
     state = state_of(read_manifest(source))
-    stopped = _is_stopped(config, state)
+    stopped = state.is_out_of_patience(config.train.patience)
     if state.step < config.train.steps and not stopped:
         return False
     why = ", stopped early" if stopped else ""
     log(f"already at step {state.step} of {config.train.steps}{why} ({source}); nothing to do")
     log(f"to train on: a larger {'train.patience' if stopped else 'train.steps'}; to start anew: another train.run_dir")
     return True
-
-
-def _is_stopped(config: RunConfig, state: RunState) -> bool:
-    """Whether early stopping holds the run, by the patience that is asked for now."""
-    return bool(config.train.patience) and state.evaluations_without_gain >= config.train.patience
 
 
 def _check_same_start(state: RunState, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from megalm.config.parallel import ParallelConfig
 from megalm.parallel.engine import MOMENTS, WEIGHT, ParameterGroup, PlainEngine
 from megalm.parallel.topology import build_topology
 from megalm.testing import run_distributed
+from megalm.train.build import DTYPES
 from tests.parallel.tiny import (
     LR,
     Toy,
@@ -26,7 +27,6 @@ from tests.parallel.tiny import (
 )
 
 STEPS, CLIP = 4, 0.5
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE = pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
 
 

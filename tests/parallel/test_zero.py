@@ -18,6 +18,7 @@ from megalm.parallel.engine import ParameterGroup, PlainEngine
 from megalm.parallel.topology import Topology, build_topology
 from megalm.parallel.zero import ZeroEngine
 from megalm.testing import run_distributed
+from megalm.train.build import DTYPES
 from tests.parallel.tiny import (
     LR,
     Toy,
@@ -33,7 +34,6 @@ from tests.parallel.tiny import (
 )
 
 STEPS, CLIP = 4, 0.5
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STAGES = (1, 2, 3)
 RUNS = list(itertools.product(STAGES, DTYPES))
 EACH = pytest.mark.parametrize(("stage", "precision"), RUNS, ids=[f"zero{s}-{p}" for s, p in RUNS])
