@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from megalm.config.knobs import knob
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
-CHUNKED = ("gpipe", "interleaved")  # what runs more than one chunk per rank
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "bfs", "zbh1", "zbv", "dualpipev", "csv")
+CHUNKED = ("gpipe", "interleaved", "bfs", "zbv", "dualpipev", "csv")  # what may run more than one chunk per rank
+TWO_CHUNKS = ("zbv", "dualpipev")  # the model goes down the ranks and back up: always two chunks per rank
+SPLIT_BACKWARD = ("zbh1", "zbv", "dualpipev")  # input gradients first, weight gradients where a rank would wait
 
 
 @dataclass
@@ -20,16 +22,37 @@ class ParallelConfig:
         False, "split norms and dropout along the sequence over the tensor parallel ranks: less activation memory"
     )
     pipeline_parallel: int = knob(1, "stages, each with a run of layers", minimum=1)
-    chunks: int = knob(
-        1, "model chunks per pipeline rank; more than 1: schedule=interleaved, or gpipe (breadth-first)", minimum=1
-    )
+    chunks: int = knob(1, "model chunks per pipeline rank; more than 1 needs a schedule with chunks", minimum=1)
     schedule: str = knob(
-        "1f1b", "order of forwards and backwards in the pipeline; interleaved: 1f1b over chunks", allowed=SCHEDULES
+        "1f1b",
+        "order of forwards and backwards in the pipeline. With chunks: interleaved (1f1b), bfs (breadth first); zero bubble: "
+        "zbh1, zbv, dualpipev; csv: your own",
+        allowed=SCHEDULES,
+    )
+    schedule_file: str = knob("", "schedule=csv: one line per rank, cells like 0F3 (stage, F B I or W, microbatch)")
+    stage_split: str = knob(
+        "even",
+        "layers per stage. even; auto: balanced by FLOPs and memory, with embedding and loss; or numbers: 3,5,5,3",
+        empty=False,
     )
     zero: int = knob(
         0,
         "shared out over the copies. 0: nothing (own engine); DeepSpeed 1: optimizer, 2: + reduced gradients, 3: + weights",
         allowed=(0, 1, 2, 3),
+    )
+    zero_reduce: str = knob(
+        "step",
+        "when ZeRO reduces gradients. step: once, whole until then; microbatch: in the backward, which is the memory of 2 and 3",
+        allowed=("step", "microbatch"),
+    )
+    zero_offload: str = knob("none", "where the optimizer's state lives", allowed=("none", "cpu", "nvme"))
+    zero_offload_path: str = knob("", "zero_offload=nvme: a folder on the disk")
+    zero_node_size: int = knob(
+        0, "zero=3: ranks that keep a second copy of the weights among them, one node (hpZ); 0: none", minimum=0
+    )
+    zero_quantized: bool = knob(False, "zero=3 on GPUs: weights travel in 8 bits, gradients in 4 (ZeRO++)")
+    overlap: bool = knob(
+        True, "tensor parallel: gradients of activations are summed while gradients of weights are computed"
     )
 
     @property
@@ -38,12 +61,15 @@ class ParallelConfig:
         return self.tensor_parallel * self.pipeline_parallel
 
 
-_PART = re.compile(r"(tp|pp|dp|chunks|zero)(\d+)|(sp)|(gpipe|1f1b|interleaved)")
+_PART = re.compile(rf"(tp|pp|dp|chunks|zero)(\d+)|(sp)|({'|'.join(SCHEDULES)})|(microbatch)")
+_USUALLY_TWO = ("interleaved", "bfs", *TWO_CHUNKS)
 _FIELD = {"tp": "tensor_parallel", "pp": "pipeline_parallel", "chunks": "chunks", "zero": "zero"}
 
 
 def parse_layout(name: str) -> tuple[dict[str, object], int]:
-    """`tp2_sp_pp2_gpipe_dp2_zero3` -> ({fields of ParallelConfig}, data parallel size). `interleaved` alone has 2 chunks.
+    """`tp2_sp_pp2_gpipe_dp2_zero3` -> ({fields of ParallelConfig}, data parallel size).
+
+    `interleaved`, `bfs`, `zbv` and `dualpipev` alone have 2 chunks; `microbatch` is zero_reduce=microbatch.
 
     Raises ValueError with the part it cannot read.
     """
@@ -53,7 +79,8 @@ def parse_layout(name: str) -> tuple[dict[str, object], int]:
         match = _PART.fullmatch(part)
         if match is None:
             raise ValueError(
-                f"cannot read {part!r} in layout {name!r}; parts are tpN, sp, ppN, chunksN, gpipe, 1f1b, interleaved, dpN, zeroN"
+                f"cannot read {part!r} in layout {name!r}; parts are tpN, sp, ppN, chunksN, dpN, zeroN, microbatch, "
+                + ", ".join(SCHEDULES)
             )
         if match[1] == "dp":
             data_parallel = int(match[2])
@@ -61,9 +88,11 @@ def parse_layout(name: str) -> tuple[dict[str, object], int]:
             values[_FIELD[match[1]]] = int(match[2])
         elif match[3]:
             values["sequence_parallel"] = True
-        else:
+        elif match[4]:
             values["schedule"] = match[4]
-    if values.get("schedule") == "interleaved":
+        else:
+            values["zero_reduce"] = match[5]
+    if values.get("schedule") in _USUALLY_TWO:
         values.setdefault("chunks", 2)
     return values, data_parallel
 
@@ -75,8 +104,9 @@ def layout_name(parallel: ParallelConfig, data_parallel: int) -> str:
     if parallel.pipeline_parallel > 1:
         parts.append(f"pp{parallel.pipeline_parallel}")
         parts += [parallel.schedule] if parallel.schedule != "1f1b" else []
-        usual = 2 if parallel.schedule == "interleaved" else 1
+        usual = 2 if parallel.schedule in _USUALLY_TWO else 1
         parts += [f"chunks{parallel.chunks}"] if parallel.chunks != usual else []
     parts += [f"dp{data_parallel}"] if data_parallel > 1 else []
     parts += [f"zero{parallel.zero}"] if parallel.zero else []
+    parts += ["microbatch"] if parallel.zero and parallel.zero_reduce == "microbatch" else []
     return "_".join(parts) or "single"

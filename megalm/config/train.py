@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megalm.config.knobs import knob
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass
@@ -24,9 +24,20 @@ class TrainConfig:
     seed: int = knob(1234, "initial weights and dropout", minimum=0)
     precision: str = knob(
         "fp32",
-        "bf16: bf16 weights and activations, fp32 master weights, accumulation and reduction",
+        "of weights and activations; with bf16 and fp16 master weights and reduction stay fp32, and fp16 scales the loss",
         allowed=PRECISIONS,
     )
+    accumulate_fp32: bool = knob(True, "bf16, fp16: microbatches' gradients are added up in fp32, not in the precision")
+    loss_scale: float = knob(65536.0, "fp16: the first loss scale; halved when a gradient overflows", above=0.0)
+    loss_scale_window: int = knob(1000, "fp16: steps without overflow after which the loss scale doubles", minimum=1)
+    recompute: str = knob(
+        "none",
+        "activations computed again in the backward instead of kept. full: blocks; selective: all but matrix products",
+        allowed=("none", "selective", "full"),
+    )
+    recompute_every: int = knob(1, "recompute in every n-th block only", minimum=1)
+    record: str = knob("", "folder for every module's output and gradient of one step, to compare two runs; empty: none")
+    record_step: int = knob(1, "the step that `record` records", minimum=1)
     log_every: int = knob(10, "steps between console lines", minimum=1)
     eval_every: int = knob(0, "steps between evaluations; 0: none", minimum=0)
     eval_samples: int = knob(64, "validation samples in one evaluation, rounded up to whole global batches", minimum=1)
@@ -84,3 +95,4 @@ class KernelsConfig:
     backend: str = knob(
         "auto", "auto: the fastest that works here, chosen once and reported", allowed=("auto", "torch")
     )
+    fuse_projections: bool = knob(True, "q, k and v in one matrix product, and gate and up; the parameters stay apart")

@@ -11,31 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalm.parallel.schedules import FORWARD, Action, Exchange, Schedule, Transfer, with_communication
 from megalm.parallel.topology import Group
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
-
-
-def layers_of_stage(stage: int, num_stages: int, num_layers: int) -> range:
-    """The layers of one stage: as even as possible, in order."""
-    return range(stage * num_layers // num_stages, (stage + 1) * num_layers // num_stages)
-
-
-def apply_stage(model: nn.Module, stage: int, num_stages: int) -> None:
-    """Cut a model down to one stage, in place: other stages' layers go, the embedding unless first, the head unless last."""
-    layers: Any = model.layers
-    kept = {str(i) for i in layers_of_stage(stage, num_stages, len(layers))}
-    for name in list(layers):
-        if name not in kept:
-            del layers[name]
-    absent = ([] if stage == 0 else ["embedding", "position_embedding"]) + (
-        [] if stage == num_stages - 1 else ["norm", "head"]
-    )
-    for name in absent:
-        setattr(model, name, None)
 
 
 class _Pending(NamedTuple):

@@ -3,20 +3,22 @@
 A schedule says only what is computed and in which order. `with_communication` simulates all ranks together and inserts
 the transfers where they happen; the same list drives the executor, the pictures and the tests.
 
-Stages are numbered along the model. Stage s lives on rank s % ranks, as its chunk s // ranks.
+Stages are numbered along the model. With placement `loop`, stage s lives on rank s % ranks, as its chunk s // ranks. With
+placement `v` the model goes down the ranks and back up: two chunks, so that first and last stage share a rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-FORWARD, BACKWARD = "F", "B"
+FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"  # BACKWARD is INPUT and WEIGHT in one
+LOOP, V_SHAPE = "loop", "v"
 
 
-@dataclass(frozen=True)
-class Action:
-    """Compute one microbatch on one stage, forward or backward."""
+class Action(NamedTuple):
+    """Compute one microbatch on one stage: forward, backward, or one half of the backward."""
 
     kind: str
     stage: int
@@ -26,8 +28,7 @@ class Action:
         return f"{self.stage}{self.kind}{self.microbatch}"
 
 
-@dataclass(frozen=True)
-class Transfer:
+class Transfer(NamedTuple):
     """An activation (kind F) or its gradient (kind B) of one microbatch that moves from one stage to a neighbour."""
 
     kind: str
@@ -36,8 +37,7 @@ class Transfer:
     microbatch: int
 
 
-@dataclass(frozen=True)
-class Exchange:
+class Exchange(NamedTuple):
     """Transfers that a rank posts together, in an order that all ranks agree on."""
 
     transfers: tuple[Transfer, ...]
@@ -51,46 +51,57 @@ class Schedule:
     num_chunks: int
     num_microbatches: int
     actions: tuple[tuple[Action, ...], ...]  # by rank
+    placement: str = LOOP
 
     @property
     def num_stages(self) -> int:
         return self.num_ranks * self.num_chunks
 
     def rank_of(self, stage: int) -> int:
-        return stage % self.num_ranks
+        """The rank where a stage lives."""
+        row, column = divmod(stage, self.num_ranks)
+        return self.num_ranks - 1 - column if self.placement == V_SHAPE and row % 2 else column
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The stages of one rank, along the model: its chunks 0, 1, ..."""
+        return stages_of(rank, self.num_ranks, self.num_chunks, self.placement)
 
     def output_of(self, action: Action) -> Transfer | None:
-        """What an action hands to a neighbouring stage; None at the ends of the model."""
-        target = action.stage + (1 if action.kind == FORWARD else -1)
-        if not 0 <= target < self.num_stages:
+        """What an action hands to a neighbouring stage; None at the ends of the model and for a weight gradient."""
+        if action.kind == WEIGHT:
             return None
-        return Transfer(action.kind, action.stage, target, action.microbatch)
+        kind, step = (FORWARD, 1) if action.kind == FORWARD else (BACKWARD, -1)
+        target = action.stage + step
+        return Transfer(kind, action.stage, target, action.microbatch) if 0 <= target < self.num_stages else None
 
     def input_of(self, action: Action) -> Transfer | None:
-        """What an action needs from a neighbouring stage; None at the ends of the model."""
-        source = action.stage - (1 if action.kind == FORWARD else -1)
-        if not 0 <= source < self.num_stages:
+        """What an action needs from a neighbouring stage; None at the ends of the model and for a weight gradient."""
+        if action.kind == WEIGHT:
             return None
-        return Transfer(action.kind, source, action.stage, action.microbatch)
+        kind, step = (FORWARD, 1) if action.kind == FORWARD else (BACKWARD, -1)
+        source = action.stage - step
+        return Transfer(kind, source, action.stage, action.microbatch) if 0 <= source < self.num_stages else None
 
 
-def _stages_of(rank: int, ranks: int, chunks: int) -> list[int]:
-    return [chunk * ranks + rank for chunk in range(chunks)]
+def stages_of(rank: int, ranks: int, chunks: int, placement: str = LOOP) -> list[int]:
+    """The stages of one rank, in the order of the model."""
+    return [c * ranks + (ranks - 1 - rank if placement == V_SHAPE and c % 2 else rank) for c in range(chunks)]
 
 
-def forward_only(ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
+def forward_only(ranks: int, microbatches: int, chunks: int = 1, placement: str = LOOP) -> Schedule:
     """Every forward, chunk after chunk: evaluation."""
     per_rank = [
-        [Action(FORWARD, s, m) for s in _stages_of(r, ranks, chunks) for m in range(microbatches)] for r in range(ranks)
+        [Action(FORWARD, s, m) for s in stages_of(r, ranks, chunks, placement) for m in range(microbatches)]
+        for r in range(ranks)
     ]
-    return Schedule(ranks, chunks, microbatches, tuple(map(tuple, per_rank)))
+    return Schedule(ranks, chunks, microbatches, tuple(map(tuple, per_rank)), placement)
 
 
 def gpipe(ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
     """All forwards, then all backwards (Huang et al. 2019); with chunks, looped breadth-first (Lamy-Poirier 2023)."""
     per_rank = []
     for r in range(ranks):
-        stages = _stages_of(r, ranks, chunks)
+        stages = stages_of(r, ranks, chunks)
         forwards = [Action(FORWARD, s, m) for s in stages for m in range(microbatches)]
         backwards = [Action(BACKWARD, s, m) for s in reversed(stages) for m in range(microbatches)]
         per_rank.append(forwards + backwards)
@@ -123,7 +134,7 @@ def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
     longest = max(len(members) for members in rounds)
     per_rank = []
     for r in range(ranks):
-        stages = _stages_of(r, ranks, chunks)
+        stages = stages_of(r, ranks, chunks)
         forwards = [Action(FORWARD, s, m) for members in rounds for s in stages for m in members]
         backwards = [Action(BACKWARD, s, m) for members in rounds for s in reversed(stages) for m in members]
         warmup = min(2 * (ranks - r - 1) + (chunks - 1) * longest, len(forwards))

@@ -22,8 +22,9 @@ from megalm.objectives.language_modeling import causal_loss
 from megalm.optim.adam import build_optimizer
 from megalm.optim.groups import build_groups
 from megalm.parallel.engine import Engine, PlainEngine, Tie
-from megalm.parallel.pipeline import Forward, PipelineExecutor, apply_stage
+from megalm.parallel.pipeline import Forward, PipelineExecutor
 from megalm.parallel.schedules import SCHEDULES, forward_only
+from megalm.parallel.stages import apply_stage
 from megalm.parallel.tensor_parallel import apply_tensor_parallel, local_slice, shard_of
 from megalm.parallel.topology import Topology
 

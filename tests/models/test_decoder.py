@@ -9,7 +9,7 @@ from megalm.config.model import ModelConfig
 from megalm.models.decoder import Decoder
 from megalm.models.init import initial_value
 from megalm.models.layers import Dropout
-from megalm.parallel.pipeline import apply_stage, layers_of_stage
+from megalm.parallel.stages import apply_stage, layers_of_stage
 
 BOTH = pytest.mark.parametrize("architecture", ["gpt", "llama"])
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from megalm.config.model import ModelConfig
 from megalm.config.parallel import ParallelConfig
 from megalm.models.registry import build_model
-from megalm.parallel.pipeline import PipelineExecutor, apply_stage, layers_of_stage
+from megalm.parallel.pipeline import PipelineExecutor
 from megalm.parallel.schedules import SCHEDULES, Schedule, forward_only
+from megalm.parallel.stages import apply_stage, layers_of_stage
 from megalm.parallel.topology import Group, Topology, build_topology
 from megalm.testing import run_distributed
 from megalm.train.build import build_stage
