@@ -15,7 +15,9 @@ VERBS = {
     "check": "Report everything that is wrong with a command line, without running it.",
     "doctor": "Look at this machine: versions, devices, network, disk; what is missing and how to mend it.",
     "parity": "Prove that layouts compute what one rank computes.",
+    "pipeline": "Draw a pipeline schedule, with its bubble and its memory, and compare all of them.",
 }
+SUBVERBS = {"pipeline": "show"}  # the only one so far, which may be left out
 
 
 def usage() -> str:

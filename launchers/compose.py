@@ -25,8 +25,10 @@ from megalm.config.fields import assign, leaves, quote
 from megalm.config.layouts import layout_node
 from megalm.config.load import examine
 from megalm.config.reader import defaults_of, forbidden, known_keys, suggest, unknown_key
-from megalm.config.run import ROOTS, RunConfig
-from megalm.errors import Problem
+from megalm.config.run import ROOTS, ParityRun, RunConfig
+from megalm.config.tasks import PipelineRun
+from megalm.errors import ConfigError, Problem
+from megalm.launchers.cli import SUBVERBS
 
 SEARCH_PATH = "pkg://megalm.conf"
 # The run's folder is train.run_dir: Hydra must not make one of its own, nor write a log file where we are, nor turn on
@@ -39,6 +41,7 @@ HYDRA_SETTINGS = (
 )
 MAX_CHECKED_JOBS = 32  # of a sweep, before it starts; every job is checked again when it runs
 
+_OWN_SECTION = {"pretrain": "train"}  # whose keys may stand alone; of any other verb, the section of its name
 _PLAIN_DOLLAR = r"name a key of the config, or write \${...} for the text itself"
 
 
@@ -72,6 +75,8 @@ class Command:
 def parse(verb: str, argv: list[str]) -> Command:
     """Reads the arguments of a verb; registers the verb's defaults, a yaml file among the arguments, and layouts."""
     ConfigStore.instance().store(name=f"{verb}_defaults", node=defaults_of(ROOTS[verb]), provider="megalm")
+    if argv[:1] == [SUBVERBS.get(verb)]:
+        argv = argv[1:]
     options, unknown = get_args_parser().parse_known_intermixed_args(argv)
     command = Command(verb, options, options.config_name or verb)
     command.problems += map(_unknown_flag, unknown)
@@ -165,8 +170,8 @@ def _unknown_flag(flag: str) -> Problem:
 
 def _add_override(command: Command, text: str) -> None:
     key, equals, value = text.partition("=")
-    own = f"{command.verb}.{key}"
-    if own in known_keys(ROOTS[command.verb]):  # `megalm parity steps=20` means parity.steps
+    own = f"{_OWN_SECTION.get(command.verb, command.verb)}.{key}"
+    if equals and own in known_keys(ROOTS[command.verb]):  # `megalm parity steps=20` means parity.steps
         key, text = own, f"{own}={value}"
     elif not equals and not text.startswith("~"):
         guess = suggest(key, known_keys(ROOTS[command.verb]))
@@ -276,7 +281,22 @@ def _inspect_job(command: Command, loader: ConfigLoaderImpl, overrides: list[str
     raw, unresolved = plain(composed)
     config: Any
     config, problems = examine(ROOTS[command.verb], raw)
-    return config, unresolved + problems
+    return config, unresolved + (problems or _schedule_problems(config))
+
+
+def _schedule_problems(config: Any) -> list[Problem]:
+    """What is wrong with a user's own schedule. Parity's layouts have none."""
+    if isinstance(config, ParityRun) or not isinstance(config, (RunConfig, PipelineRun)) or config.parallel.schedule != "csv":
+        return []
+    from megalm.parallel.schedules import build_schedule
+
+    p = config.parallel
+    count = config.pipeline.num_microbatches if isinstance(config, PipelineRun) else config.num_microbatches
+    try:
+        build_schedule(p.schedule, p.pipeline_parallel, count, p.chunks, p.schedule_file)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from megalm.config.reference import option_lines
 from megalm.config.run import ROOTS
-from megalm.launchers.cli import VERBS
+from megalm.launchers.cli import SUBVERBS, VERBS
 
 _USAGE = """usage: megalm {verb} [FILE.yaml] [group=option ...] [key=value ...]
 
@@ -28,7 +28,7 @@ def groups(verb: str) -> dict[str, list[str]]:
 
 def help_text(verb: str) -> str:
     """All options of a verb."""
-    lines = [_USAGE.format(verb=verb, line=VERBS[verb])]
+    lines = [_USAGE.format(verb=f"{verb} {SUBVERBS.get(verb, '')}".strip(), line=VERBS[verb])]
     choices = groups(verb)
     if choices:
         width = max(map(len, choices)) + 1

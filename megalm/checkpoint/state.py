@@ -16,6 +16,7 @@ from megalm.checkpoint.reshard import read_box
 from megalm.checkpoint.sharded import Manifest, prune, publish, read_manifest, write_manifest, write_pieces
 from megalm.errors import CheckpointError, Problem, writing
 from megalm.parallel.engine import MOMENTS, WEIGHT, Engine
+from megalm.parallel.loss_scale import LossScale
 from megalm.parallel.tensor_parallel import shard_of
 
 _SHAPE_KEYS = (
@@ -35,6 +36,15 @@ class RunState:
     evaluations_without_gain: int = 0
     data_fingerprint: str = ""
     stopped_early: bool = False
+    skipped_steps: int = 0  # fp16: of `step`, those that overflowed and changed nothing
+    loss_scale: float | None = None  # fp16: for the next step
+    loss_scale_clean_steps: int = 0  # fp16: since the scale last changed
+
+    def note_scaling(self, loss_scale: LossScale | None, skipped: bool) -> None:
+        """Keep what a step in fp16 changed, for the checkpoint."""
+        if loss_scale is not None:
+            self.loss_scale, self.loss_scale_clean_steps = loss_scale.scale, loss_scale.clean_steps
+            self.skipped_steps += skipped
 
     def is_out_of_patience(self, patience: int) -> bool:
         """Whether early stopping ends the run; never with a patience of 0."""
@@ -62,8 +72,8 @@ def _save(root: Path, engine: Engine, state: RunState, config: dict[str, Any], k
         shard = shard_of(engine.parameters[name])
         writes = index % topology.data.size == topology.data.rank and engine.counts_in_norm(name)
         for kind in _kinds(engine.steps_done):
-            value = engine.read(name, kind)  # collective over data parallel
-            if writes:
+            value = shard.real(engine.read(name, kind))  # collective over data parallel
+            if writes and value.numel():
                 pieces[f"{kind}/{name}"] = (value.cpu(), shard.global_shape, shard.offset)
     write_pieces(temporary, topology.rank, pieces)
     dist.barrier()
@@ -83,12 +93,16 @@ def load_checkpoint(folder: Path, engine: Engine, model_config: dict[str, Any]) 
     manifest = read_manifest(folder)
     check_same_model(folder, manifest, model_config)
     state = state_of(manifest)
-    if state.step:
-        engine.prepare_load(state.step)
+    steps_done = state.step - state.skipped_steps  # of the optimizer
+    if steps_done:
+        engine.prepare_load(steps_done)
+    if engine.loss_scale is not None and state.loss_scale is not None:
+        engine.loss_scale.scale, engine.loss_scale.clean_steps = state.loss_scale, state.loss_scale_clean_steps
     for name, parameter in engine.parameters.items():
         shard, shape = shard_of(parameter), engine.shapes[name]
-        for kind in _kinds(state.step):
-            value = read_box(folder, manifest, f"{kind}/{engine.saved_name(name)}", shard.offset, shape)
+        for kind in _kinds(steps_done):
+            key = f"{kind}/{engine.saved_name(name)}"
+            value = shard.pad(read_box(folder, manifest, key, shard.offset, shard.real_shape(shape)))
             engine.write(name, kind, value.to(engine.topology.device))
     engine.finish_load()
     return state

@@ -67,6 +67,11 @@ def leaves(root: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
             yield key, field, kind
 
 
+def flatten(config: Any) -> dict[str, Any]:
+    """{dotted key: value} of every setting."""
+    return {key: functools.reduce(getattr, key.split("."), config) for key, _, _ in leaves(type(config))}
+
+
 def convert(kind: Any, value: Any) -> Any:
     """The value as `kind`, or WRONG. A whole number is a fine float; so is 1e-4, which YAML 1.1 takes for text."""
     if kind is float:

@@ -62,7 +62,7 @@ class ParallelConfig:
 
 
 _PART = re.compile(rf"(tp|pp|dp|chunks|zero)(\d+)|(sp)|({'|'.join(SCHEDULES)})|(microbatch)")
-_USUALLY_TWO = ("interleaved", "bfs", *TWO_CHUNKS)
+USUALLY_TWO = ("interleaved", "bfs", *TWO_CHUNKS)
 _FIELD = {"tp": "tensor_parallel", "pp": "pipeline_parallel", "chunks": "chunks", "zero": "zero"}
 
 
@@ -92,7 +92,7 @@ def parse_layout(name: str) -> tuple[dict[str, object], int]:
             values["schedule"] = match[4]
         else:
             values["zero_reduce"] = match[5]
-    if values.get("schedule") in _USUALLY_TWO:
+    if values.get("schedule") in USUALLY_TWO:
         values.setdefault("chunks", 2)
     return values, data_parallel
 
@@ -104,7 +104,7 @@ def layout_name(parallel: ParallelConfig, data_parallel: int) -> str:
     if parallel.pipeline_parallel > 1:
         parts.append(f"pp{parallel.pipeline_parallel}")
         parts += [parallel.schedule] if parallel.schedule != "1f1b" else []
-        usual = 2 if parallel.schedule in _USUALLY_TWO else 1
+        usual = 2 if parallel.schedule in USUALLY_TWO else 1
         parts += [f"chunks{parallel.chunks}"] if parallel.chunks != usual else []
     parts += [f"dp{data_parallel}"] if data_parallel > 1 else []
     parts += [f"zero{parallel.zero}"] if parallel.zero else []

@@ -9,7 +9,7 @@ from megalm.config.knobs import knob, section
 from megalm.config.model import ModelConfig
 from megalm.config.optim import OptimConfig
 from megalm.config.parallel import ParallelConfig
-from megalm.config.tasks import DoctorRun, GenerateRun, PrepareRun
+from megalm.config.tasks import DoctorRun, GenerateRun, PipelineRun, PrepareRun
 from megalm.config.train import CheckpointConfig, ClusterConfig, KernelsConfig, TrackingConfig, TrainConfig
 
 
@@ -66,4 +66,5 @@ ROOTS: dict[str, type] = {
     "generate": GenerateRun,
     "doctor": DoctorRun,
     "parity": ParityRun,
+    "pipeline": PipelineRun,
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megalm.config.data import PrepareConfig
 from megalm.config.knobs import knob, section
+from megalm.config.parallel import USUALLY_TWO, ParallelConfig
 
 
 @dataclass
@@ -53,3 +54,30 @@ class DoctorRun:
     """Root of `megalm doctor`."""
 
     doctor: DoctorConfig = section(DoctorConfig)
+
+
+@dataclass
+class PipelineConfig:
+    """Look at a pipeline schedule without running it."""
+
+    num_microbatches: int = knob(8, "microbatches of a step", minimum=1, maximum=4096)
+    forward_time: float = knob(1.0, "a microbatch's forward through all of a rank's layers, in any unit", above=0.0)
+    input_time: float = knob(1.0, "its gradients of inputs", above=0.0)
+    weight_time: float = knob(1.0, "its gradients of weights; a whole backward takes both", above=0.0)
+    compare: bool = knob(True, "a table of all schedules of the same sizes")
+    width: int = knob(0, "columns of the drawing; 0: what the terminal has", minimum=0, maximum=10000)
+    output: str = knob("", "draw to this file too: .svg, or .png (needs matplotlib)")
+    csv: str = knob("", "write the schedule to this file, to change it and run it with parallel.schedule=csv")
+
+
+@dataclass
+class PipelineRun:
+    """Root of `megalm pipeline`."""
+
+    parallel: ParallelConfig = section(ParallelConfig)
+    pipeline: PipelineConfig = section(PipelineConfig)
+
+    def __post_init__(self) -> None:
+        """A schedule that lives on two chunks is shown with two, unless more are asked for."""
+        if self.parallel.schedule in USUALLY_TWO and self.parallel.chunks == 1:
+            self.parallel.chunks = 2

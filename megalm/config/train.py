@@ -38,6 +38,11 @@ class TrainConfig:
     recompute_every: int = knob(1, "recompute in every n-th block only", minimum=1)
     record: str = knob("", "folder for every module's output and gradient of one step, to compare two runs; empty: none")
     record_step: int = knob(1, "the step that `record` records", minimum=1)
+    trace: str = knob("", "file.json: when every pipeline rank of copy 0 computed what in one step, drawn beside it; empty: none")
+    trace_step: int = knob(3, "the step that `trace` records", minimum=1)
+    ledger_step: int = knob(
+        0, "count every collective of this step: RUN_DIR/ledger.json, and a table beside the formulae; 0: none", minimum=0
+    )
     log_every: int = knob(10, "steps between console lines", minimum=1)
     eval_every: int = knob(0, "steps between evaluations; 0: none", minimum=0)
     eval_samples: int = knob(64, "validation samples in one evaluation, rounded up to whole global batches", minimum=1)
@@ -84,6 +89,7 @@ class ClusterConfig:
     )
     device: str = knob("auto", "auto: cuda where there is a GPU, else cpu", allowed=("auto", "cpu", "cuda"))
     port: int = knob(0, "rendezvous port on this machine; 0: any free one", minimum=0, maximum=65535)
+    rendezvous_seconds: int = knob(300, "how long the first ranks wait for the last one to start", minimum=1)
     timeout_seconds: int = knob(600, "a collective that takes longer ends the run", minimum=1)
     threads: int = knob(0, "CPU threads per process; 0: the cores shared evenly", minimum=0, maximum=512)
 

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from megalm.config import fields
+from megalm.config import fields, schedule_rules, stage_split
 from megalm.config.fixes import Change, Rule, broken, cures, divisors, multiples, plan, value_of, with_value
 from megalm.config.layouts import with_layout
 from megalm.config.machine import count_gpus, data_parallel, launched_processes, processes, uses_cuda
-from megalm.config.parallel import CHUNKED
 from megalm.config.run import ParityRun, RunConfig
+from megalm.config.stage_split import explicit_split
+from megalm.config.tasks import PipelineRun
 from megalm.errors import ConfigError, Problem
 
 Condition = Callable[[RunConfig], bool]
@@ -90,14 +91,9 @@ def _stage_changes(c: RunConfig) -> list[Change]:
     return fewer_stages + fewer_chunks + [("model.num_layers", stages * chunks), (_PP, 1)]
 
 
-def _vocab_changes(c: RunConfig) -> list[Change]:
-    """Upwards first: extra rows are padding, fewer rows would lose tokens."""
-    up = [
-        change
-        for change in multiples(c, "model.vocab_size", c.parallel.tensor_parallel)
-        if change[1] > c.model.vocab_size
-    ]
-    return up + divisors(c, _TP, c.model.vocab_size)
+def _divide(a: int, b: int) -> bool:
+    """One of the two is a multiple of the other."""
+    return max(a, b) % min(a, b) == 0
 
 
 def _heads_divide(c: RunConfig) -> bool:
@@ -184,15 +180,14 @@ RULES: tuple[Rule, ...] = (
         _head_dim_changes,
     ),
     _divides("heads_per_rank", "model.num_heads", _TP),
-    _divides("kv_heads_per_rank", "model.num_kv_heads", _TP, when=lambda c: "num_kv_heads" not in c.model.derived),
-    _divides("ffn_per_rank", "model.ffn_size", _TP),
     Rule(
-        "vocab_per_rank",
-        ("model.vocab_size", _TP),
-        f"model.vocab_size must be a multiple of {_TP}",
-        lambda c: c.model.vocab_size % c.parallel.tensor_parallel == 0,
-        _vocab_changes,
+        "kv_heads_per_rank",
+        ("model.num_kv_heads", _TP),
+        f"model.num_kv_heads must be a multiple of {_TP}, or divide it: then ranks share a head",
+        lambda c: "num_kv_heads" in c.model.derived or _divide(c.model.num_kv_heads, c.parallel.tensor_parallel),
+        lambda c: divisors(c, _TP, c.model.num_kv_heads) + divisors(c, "model.num_kv_heads", c.model.num_heads),
     ),
+    _divides("ffn_per_rank", "model.ffn_size", _TP),
     _divides("sequence_per_rank", "data.seq_length", _TP, when=lambda c: c.parallel.sequence_parallel),
     _needs(
         "sequence_parallel_used",
@@ -207,34 +202,11 @@ RULES: tuple[Rule, ...] = (
         "layer_per_chunk",
         ("model.num_layers", _PP, _CHUNKS),
         f"{_PP} x {_CHUNKS} must not exceed model.num_layers: every chunk needs a layer",
-        lambda c: c.parallel.pipeline_parallel * c.parallel.chunks <= c.model.num_layers,
+        lambda c: stage_split.num_stages(c) <= c.model.num_layers or bool(explicit_split(c.parallel.stage_split)),
         _stage_changes,
     ),
-    _needs(
-        "chunks_schedule",
-        _CHUNKS,
-        1,
-        "parallel.schedule",
-        lambda c: c.parallel.schedule in CHUNKED,
-        ("parallel.schedule", "interleaved"),
-        f"{_CHUNKS} > 1 needs parallel.schedule=interleaved or gpipe",
-    ),
-    Rule(
-        "interleaved_chunks",
-        ("parallel.schedule", _CHUNKS),
-        f"parallel.schedule=interleaved needs {_CHUNKS} > 1: with one chunk it is 1f1b",
-        lambda c: c.parallel.schedule != "interleaved" or c.parallel.chunks > 1,
-        lambda c: [("parallel.schedule", "1f1b"), (_CHUNKS, 2)],
-    ),
-    _needs(
-        "chunks_stages",
-        _CHUNKS,
-        1,
-        _PP,
-        lambda c: c.parallel.pipeline_parallel > 1,
-        (_PP, 2),
-        f"{_CHUNKS} > 1 needs {_PP} > 1",
-    ),
+    *stage_split.RULES,
+    *schedule_rules.RULES,
     Rule(
         "batch_divides",
         ("train.global_batch_size", "train.micro_batch_size", "data parallel copies"),
@@ -266,6 +238,29 @@ RULES: tuple[Rule, ...] = (
         ("train.eval_every", 100),
         "train.patience counts evaluations: it has no effect with train.eval_every=0",
     ),
+    _needs(
+        "recompute_every_used",
+        "train.recompute_every",
+        1,
+        "train.recompute",
+        lambda c: c.train.recompute != "none",
+        ("train.recompute", "full"),
+        "train.recompute_every has no effect with train.recompute=none",
+    ),
+    Rule(
+        "trace_name",
+        ("train.trace",),
+        "train.trace is a file that ends in .json: the picture beside it ends in .svg",
+        lambda c: not c.train.trace or c.train.trace.endswith(".json"),
+        lambda c: [("train.trace", f"{c.train.trace}.json"), ("train.trace", "")],
+    ),
+    Rule(
+        "trace_reached",
+        ("train.trace_step", "train.steps", "train.trace"),
+        "train.trace_step must not exceed train.steps",
+        lambda c: not c.train.trace or c.train.trace_step <= c.train.steps,
+        lambda c: [("train.trace_step", c.train.steps), ("train.steps", c.train.trace_step)],
+    ),
     _at_most("lr_order", "optim.min_lr", "optim.lr"),
     Rule(
         "warmup_ends",
@@ -293,12 +288,16 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def validate(config: RunConfig) -> list[Problem]:
+def validate(config: RunConfig | PipelineRun) -> list[Problem]:
     """Problems of all broken rules, each with its fix. All fixes together, not only each alone, make the rules hold."""
-    if isinstance(config, ParityRun):
-        return _validate_layouts(config)
-    cure_of = plan(RULES, config)
-    return [_problem(rule, config, cure_of.get(rule.name)) for rule in broken(RULES, config)]
+    if isinstance(config, PipelineRun):
+        return _broken(RunConfig(parallel=config.parallel), schedule_rules.RULES) + schedule_rules.picture_problems(config)
+    return _validate_layouts(config) if isinstance(config, ParityRun) else _broken(config, RULES)
+
+
+def _broken(config: RunConfig, rules: tuple[Rule, ...]) -> list[Problem]:
+    cure_of = plan(rules, config)
+    return [_problem(rule, config, cure_of.get(rule.name)) for rule in broken(rules, config)]
 
 
 def check(config: RunConfig) -> None:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from megalm.models.layers import FusesProjections, project_together
 from megalm_kernels import flash_attention, rotary
 
 
@@ -17,7 +18,7 @@ class KeyValueCache(Protocol):
         ...
 
 
-class Attention(nn.Module):
+class Attention(FusesProjections):
     """Causal self-attention. The number of heads is read off the local weights, so a slice of them works alone."""
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, layer: int, bias: bool):
@@ -30,9 +31,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KeyValueCache | None = None) -> Tensor:
         """x (B, S, E); rope: cos and sin (S, D/2) -> (B, S, E)."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v)
-        )  # (B, S, H, D)
+        projected = project_together(x, (self.q, self.k, self.v), self.fuse)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (B, S, H, D)
         if rope is not None:
             q, k = rotary(q, *rope), rotary(k, *rope)
         if cache is not None:

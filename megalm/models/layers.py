@@ -8,6 +8,21 @@ from torch import Tensor, nn
 
 from megalm.models.dropout import keep_mask
 from megalm_kernels import layer_norm, rms_norm, swiglu
+from megalm_kernels.linear import linears
+
+
+class FusesProjections(nn.Module):
+    """A module with several projections of one input, which may run as one matrix product. The run sets `fuse`."""
+
+    fuse: bool = False
+
+
+def project_together(x: Tensor, projections: tuple[nn.Module, ...], fuse: bool) -> tuple[Tensor, ...]:
+    """Linear layers of one input, as one matrix product where `fuse` says so. x (..., E) -> one (..., F_i) each."""
+    if not fuse:
+        return tuple(project(x) for project in projections)
+    weights, biases = [p.weight for p in projections], [p.bias for p in projections]
+    return linears(x, weights, biases, getattr(projections[0], "queue", None))  # type: ignore[arg-type]
 
 
 class RMSNorm(nn.Module):
@@ -87,7 +102,7 @@ class GeluMLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
-class SwigluMLP(nn.Module):
+class SwigluMLP(FusesProjections):
     """down(silu(gate(x)) * up(x)), without biases. x (B, S, E)."""
 
     def __init__(self, size: int, inner: int):
@@ -97,4 +112,4 @@ class SwigluMLP(nn.Module):
         self.down = nn.Linear(inner, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate(x), self.up(x)))
+        return self.down(swiglu(*project_together(x, (self.gate, self.up), self.fuse)))

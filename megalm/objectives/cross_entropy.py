@@ -21,9 +21,12 @@ from megalm_kernels.cross_entropy import IGNORE
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: Group, vocab_size: int) -> Tensor:
         x = logits.float()
         start, length = group.rank * x.shape[-1], x.shape[-1]
+        if start + length > vocab_size:  # columns that only fill this rank's part up
+            columns = torch.arange(start, start + length, device=x.device)
+            x = x.masked_fill(columns >= vocab_size, -torch.inf)
         largest = all_reduce(x.max(dim=-1).values, group, dist.ReduceOp.MAX)
         x = x - largest.unsqueeze(-1)
         elsewhere = (labels < start) | (labels >= start + length)
@@ -38,19 +41,20 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return (total.log() - picked) * counted
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """d loss / d logit = softmax - 1 at the label."""
         softmax, column, elsewhere, counted = ctx.saved_tensors
         here = (~elsewhere).to(softmax.dtype).unsqueeze(-1)
         gradient = softmax.scatter_add_(-1, column.unsqueeze(-1), -here)  # in place: there is one backward per forward
-        return gradient.mul_((grad * counted).unsqueeze(-1)).to(ctx.dtype), None, None
+        return gradient.mul_((grad * counted).unsqueeze(-1)).to(ctx.dtype), None, None, None
 
 
-def token_losses(logits: Tensor, labels: Tensor, group: Group) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor, group: Group, vocab_size: int) -> Tensor:
     """Losses of single tokens in nats, fp32 (T,); 0 for a label of -100.
 
-    logits (T, V / size): this rank's columns of the vocabulary; labels (T,) int64, the same on all ranks of the group.
+    logits (T, V / size rounded up): this rank's columns of the vocabulary, of which those from `vocab_size` on are padding;
+    labels (T,) int64, the same on all ranks of the group.
     """
     if group.size == 1:
         return cross_entropy(logits, labels)
-    return _VocabParallelCrossEntropy.apply(logits, labels, group)
+    return _VocabParallelCrossEntropy.apply(logits, labels, group, vocab_size)

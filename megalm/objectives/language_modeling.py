@@ -9,9 +9,12 @@ from megalm.parallel.topology import Group
 from megalm_kernels.cross_entropy import IGNORE
 
 
-def causal_loss(logits: Tensor, labels: Tensor, group: Group) -> Tensor:
-    """Sum of the losses of the tokens that count, in nats. logits (B, S, V / size), labels (B, S) int64, -100 = not counted."""
-    return token_losses(logits.flatten(0, 1), labels.flatten(), group).sum()
+def causal_loss(logits: Tensor, labels: Tensor, group: Group, vocab_size: int) -> Tensor:
+    """Sum of the losses of the tokens that count, in nats. logits (B, S, V / size), labels (B, S) int64, -100 = not counted.
+
+    `vocab_size`: V without the columns that pad the last rank's part.
+    """
+    return token_losses(logits.flatten(0, 1), labels.flatten(), group, vocab_size).sum()
 
 
 def count_tokens(labels: Tensor) -> Tensor:

@@ -12,14 +12,17 @@ import os
 import re
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megalm.config.train import ClusterConfig
 from megalm.errors import ConfigError, Problem, RunError
+from megalm.parallel.rendezvous import meet
 
 _SETTLE_SECONDS = 0.3  # gloo's threads must let go of Python objects before the interpreter ends, or it aborts
 
@@ -62,8 +65,11 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodelist)[0])
 
 
-def start_process_group(config: ClusterConfig) -> torch.device:
-    """Join the run's process group; returns this rank's device. Raises RunError when the rendezvous fails."""
+def start_process_group(config: ClusterConfig, settings: Mapping[str, Any] | None = None) -> torch.device:
+    """Join the run's process group; returns this rank's device. `settings`, {key: value}, must be equal on all ranks.
+
+    Raises RunError when the rendezvous fails, ConfigError when settings differ.
+    """
     place = find_place(dict(os.environ))
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed asserts it
     _die_with_parent()
@@ -77,7 +83,10 @@ def start_process_group(config: ClusterConfig) -> torch.device:
     if config.threads:
         torch.set_num_threads(config.threads)
     timeout = timedelta(seconds=config.timeout_seconds)
-    store = dist.PrefixStore(f"attempt-{place.attempt}", _open_store(place, timeout))
+    store = dist.PrefixStore(f"attempt-{place.attempt}", _open_store(place, timedelta(seconds=config.rendezvous_seconds)))
+    if place.world_size > 1:
+        meet(store, place.rank, place.world_size, settings or {}, config.rendezvous_seconds)
+    store.set_timeout(timeout)
     dist.init_process_group(
         "nccl" if use_gpu else "gloo", store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
     )
@@ -99,11 +108,15 @@ def _open_store(place: Place, timeout: timedelta) -> dist.Store:
         return dist.HashStore()
     serves = place.rank == 0 and not place.store_is_served
     try:
-        return dist.TCPStore(place.address, place.port, place.world_size, is_master=serves, timeout=timeout)
+        return dist.TCPStore(place.address, place.port, place.world_size, is_master=serves, timeout=timeout, wait_for_workers=False)
     except dist.DistError as error:
         where = f"{place.address}:{place.port}"
+        seconds = int(timeout.total_seconds())
         rule = "rank 0 must be able to listen there" if serves else "every rank must reach rank 0's rendezvous"
         fix = "cluster.port=0 (any free port), or another MASTER_PORT"
+        if not serves:
+            rule = f"rank 0 of {place.world_size} did not arrive within {seconds} s: {rule}"
+            fix = "see in rank 0's log why it did not start; else the address, the port, and the firewall between the machines"
         problem = Problem("MASTER_ADDR:MASTER_PORT", where, f"{rule} ({str(error).splitlines()[0]})", "", fix)
         raise (ConfigError if serves else RunError)(problem) from error
 

@@ -10,6 +10,7 @@ The pairs are conjugate (Shoeybi et al. 2019; with sequence parallelism Korthika
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,10 +24,17 @@ _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
+Meanwhile = Callable[[], None]
+"""Work to do while a collective is on its way."""
+
+
+def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM, meanwhile: Meanwhile | None = None) -> Tensor:
     """Reduce over the group, in place; returns x."""
     if group.size > 1:
-        dist.all_reduce(x, op=op, group=group.handle)
+        work = dist.all_reduce(x, op=op, group=group.handle, async_op=meanwhile is not None)
+        if meanwhile is not None and work is not None:
+            meanwhile()
+            work.wait()
     return x
 
 
@@ -43,13 +51,16 @@ def all_gather(x: Tensor, group: Group, dim: int = 0) -> Tensor:
     return torch.cat(parts.unbind(0), dim=dim)
 
 
-def reduce_scatter(x: Tensor, group: Group, dim: int = 0) -> Tensor:
+def reduce_scatter(x: Tensor, group: Group, dim: int = 0, meanwhile: Meanwhile | None = None) -> Tensor:
     """Sum over the group; this rank keeps its slice of `dim`, which must divide by the group's size."""
     if group.size == 1:
         return x
     parts = x.contiguous() if x.shape[:dim].numel() == 1 else torch.stack(x.chunk(group.size, dim))
     out = torch.empty(x.numel() // group.size, dtype=x.dtype, device=x.device)
-    _reduce_scatter_flat(out, parts.view(-1), group=group.handle)
+    work = _reduce_scatter_flat(out, parts.view(-1), group=group.handle, async_op=meanwhile is not None)
+    if meanwhile is not None:
+        meanwhile()
+        work.wait()
     shape = list(x.shape)
     shape[dim] //= group.size
     return out.view(shape)
@@ -57,13 +68,13 @@ def reduce_scatter(x: Tensor, group: Group, dim: int = 0) -> Tensor:
 
 class _CopyToRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: Group, meanwhile: Meanwhile | None) -> Tensor:
+        ctx.group, ctx.meanwhile = group, meanwhile
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.group, meanwhile=ctx.meanwhile), None, None
 
 
 class _SumFromRegion(torch.autograd.Function):
@@ -78,13 +89,13 @@ class _SumFromRegion(torch.autograd.Function):
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int, meanwhile: Meanwhile | None) -> Tensor:
+        ctx.group, ctx.dim, ctx.meanwhile = group, dim, meanwhile
         return all_gather(x, group, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return reduce_scatter(grad, ctx.group, ctx.dim), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return reduce_scatter(grad, ctx.group, ctx.dim, ctx.meanwhile), None, None, None
 
 
 class _ScatterSum(torch.autograd.Function):
@@ -98,9 +109,9 @@ class _ScatterSum(torch.autograd.Function):
         return all_gather(grad, ctx.group, ctx.dim), None, None
 
 
-def copy_to_region(x: Tensor, group: Group) -> Tensor:
-    """f: enter a region that the group computes in parts from the whole x."""
-    return _CopyToRegion.apply(x, group) if group.size > 1 else x
+def copy_to_region(x: Tensor, group: Group, meanwhile: Meanwhile | None = None) -> Tensor:
+    """f: enter a region that the group computes in parts from the whole x. `meanwhile` runs during the backward's sum."""
+    return _CopyToRegion.apply(x, group, meanwhile) if group.size > 1 else x
 
 
 def sum_from_region(x: Tensor, group: Group) -> Tensor:
@@ -108,9 +119,9 @@ def sum_from_region(x: Tensor, group: Group) -> Tensor:
     return _SumFromRegion.apply(x, group) if group.size > 1 else x
 
 
-def gather_sequence(x: Tensor, group: Group, dim: int = 1) -> Tensor:
+def gather_sequence(x: Tensor, group: Group, dim: int = 1, meanwhile: Meanwhile | None = None) -> Tensor:
     """f with sequence parallelism: the slices of the sequence are joined. x (B, S / size, ...) -> (B, S, ...)."""
-    return _GatherSequence.apply(x, group, dim) if group.size > 1 else x
+    return _GatherSequence.apply(x, group, dim, meanwhile) if group.size > 1 else x
 
 
 def scatter_sum(x: Tensor, group: Group, dim: int = 1) -> Tensor:

@@ -1,14 +1,18 @@
 """The engine: what stands between the gradients of the microbatches and the new weights.
 
     with engine.accumulate():      any number of forwards and backwards, in any order
-        ...                        on leaving: gradients are reduced
-    grad_norm = engine.step(lr)    clip by the global norm, update
+        engine.after_backward()    behind each backward: what can be reduced at once is
+    ...                            on leaving: the others are
+    grad_norm = engine.step(lr)    clip by the global norm, update; or, in fp16, skip after an overflow
 
 and views of full parameters and moments for the checkpoint. Two implementations, which `megalm parity` compares:
 `PlainEngine` here (zero: 0, all-reduce and AdamW on flat fp32 buffers, no DeepSpeed) and `ZeroEngine` in zero.py.
 
 Contract for the loss: each rank back-propagates `engine.scale_loss(sum over its tokens / global number of tokens)`; the
 engine sums over data parallel ranks.
+
+In fp16 the loss is multiplied by a LossScale, gradients are divided by it again, and a step whose gradients are not finite on
+any rank is skipped on all of them: `skipped` tells of the last step.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from megalm.parallel.collectives import all_reduce
-from megalm.parallel.tensor_parallel import shard_of
+from megalm.parallel.loss_scale import LossScale
+from megalm.parallel.tensor_parallel import shard_of, sum_partial_gradients
 from megalm.parallel.topology import Topology
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
@@ -48,12 +53,21 @@ class Tie:
 class Engine(ABC):
     """Gradients in, weights out."""
 
-    def __init__(self, groups: list[ParameterGroup], topology: Topology, tie: Tie | None):
+    def __init__(
+        self, groups: list[ParameterGroup], topology: Topology, tie: Tie | None, loss_scale: LossScale | None = None
+    ):
         self.groups, self.topology = groups, topology
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
-        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}  # local; ZeRO-3 empties p.shape
-        self.tie = tie
-        self.steps_done = 0
+        self.shapes = {name: shape_of(p) for name, p in self.parameters.items()}  # local
+        self.tie, self.loss_scale = tie, loss_scale
+        self.steps_done = 0  # without the skipped ones
+        self.skipped = False  # whether the last step changed nothing
+
+    def before_backward(self) -> None:
+        """Call in front of each backward within `accumulate`."""
+
+    def after_backward(self) -> None:
+        """Call behind each backward within `accumulate`."""
 
     @contextmanager
     @abstractmethod
@@ -62,7 +76,10 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, lr: float) -> Tensor:
-        """Clip and update with the reduced gradients; returns the global gradient norm before clipping, a scalar."""
+        """Clip and update with the reduced gradients; returns the global gradient norm before clipping, a scalar.
+
+        The norm of a skipped step is inf.
+        """
 
     @abstractmethod
     def scale_loss(self, loss: Tensor) -> Tensor:
@@ -90,19 +107,18 @@ class Engine(ABC):
 
     def counts_in_norm(self, name: str) -> bool:
         """Whether this rank's slice enters the global norm: every element of the model must, exactly once."""
-        if self.saved_name(name) != name:
+        if self.is_extra_copy(name):
             return False
         return shard_of(self.parameters[name]).dim is not None or self.topology.tensor.is_first
 
+    def is_extra_copy(self, name: str) -> bool:
+        """Whether the slice is another rank's too, which counts and saves it: a tied copy, a replicated key/value head."""
+        return self.saved_name(name) != name or shard_of(self.parameters[name]).copy > 0
+
     def _reduce_model_parallel(self) -> None:
-        """Complete gradients that arise in parts within one copy of the model: sequence slices and tied embeddings."""
-        partial = [p.grad for p in self.parameters.values() if shard_of(p).sequence_partial and p.grad is not None]
-        if partial:
-            flat = torch.cat([g.flatten() for g in partial])
-            all_reduce(flat, self.topology.tensor)
-            torch._foreach_copy_(
-                partial, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in partial]), partial, strict=True)]
-            )
+        """Complete gradients that arise in parts within one copy of the model: sequence slices, copies, tied embeddings."""
+        partial = [p for p in self.parameters.values() if shard_of(p).is_partial and p.grad is not None]
+        sum_partial_gradients(partial, [p.grad for p in partial if p.grad is not None], self.topology.tensor)
         if self.tie is not None:
             gradient = self.parameters[self.tie.name].grad
             assert gradient is not None
@@ -123,18 +139,23 @@ class PlainEngine(Engine):
         topology: Topology,
         clip: float,
         tie: Tie | None = None,
+        loss_scale: LossScale | None = None,
+        accumulate_fp32: bool = True,
     ):
-        super().__init__(groups, topology, tie)
+        super().__init__(groups, topology, tie, loss_scale)
         self.clip = clip
+        precision = next(iter(self.parameters.values())).dtype
+        accumulated = torch.float32 if accumulate_fp32 else precision
         self.flat_weights = [_flatten(g.parameters.values()) for g in groups]
-        self.flat_gradients = [torch.zeros_like(flat) for flat in self.flat_weights]
+        self.flat_gradients = [torch.zeros_like(flat, dtype=accumulated) for flat in self.flat_weights]
+        self.reduced = self.flat_gradients  # what the step uses; without accumulate_fp32 a copy in fp32, for the step only
         self.weights = self._views(self.flat_weights)
         self.gradients = self._views(self.flat_gradients)
         for name, parameter in self.parameters.items():
-            if parameter.dtype == torch.float32:
+            if precision == torch.float32:
                 parameter.data = self.weights[name]
             else:
-                parameter.grad_dtype = torch.float32
+                parameter.grad_dtype = accumulated
         self._moment_views: dict[str, dict[str, Tensor]] = {}
         self.masters = [nn.Parameter(flat) for flat in self.flat_weights]
         self.optimizer = make_optimizer(
@@ -158,34 +179,49 @@ class PlainEngine(Engine):
             parameter.grad = self.gradients[name]
         yield
         self._reduce_model_parallel()
-        for flat in self.flat_gradients:
+        if self.flat_gradients[0].dtype != torch.float32:
+            self.reduced = [flat.float() for flat in self.flat_gradients]
+        for flat in self.reduced:
             all_reduce(flat, self.topology.data)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        return loss
+        return loss if self.loss_scale is None else loss * self.loss_scale.scale
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
-        norm = self._global_norm()
-        if self.clip > 0:
-            scale = torch.clamp(self.clip / (norm + 1e-6), max=1.0)
-            for flat in self.flat_gradients:
-                flat.mul_(scale)
-        for master, flat, group in zip(self.masters, self.flat_gradients, self.optimizer.param_groups, strict=True):
-            master.grad, group["lr"] = flat, lr
-        self.optimizer.step()
-        self.steps_done += 1
-        self.finish_load()
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        norm = self._global_norm() / scale
+        if self.loss_scale is not None:
+            self.skipped = not bool(norm.isfinite())  # sync
+            self.loss_scale.update(self.skipped)
+        if not self.skipped:
+            self._update(lr, norm, scale)
+        self.reduced = self.flat_gradients
         return norm
 
+    def _update(self, lr: float, norm: Tensor, scale: float) -> None:
+        """Gradients are divided by the loss scale and clipped in one pass."""
+        if self.clip > 0 or scale != 1.0:
+            factor = torch.clamp(self.clip / (norm + 1e-6), max=1.0) if self.clip > 0 else torch.ones_like(norm)
+            for flat in self.reduced:
+                flat.mul_(factor / scale)
+        for master, flat, group in zip(self.masters, self.reduced, self.optimizer.param_groups, strict=True):
+            master.grad, group["lr"] = flat, lr
+        self.optimizer.step()
+        for master in self.masters:
+            master.grad = None
+        self.steps_done += 1
+        self.finish_load()
+
     def _global_norm(self) -> Tensor:
-        """L2 norm over every element of the model, each counted once."""
-        counted = [g for name, g in self.gradients.items() if self.counts_in_norm(name)]
-        squares = (
-            torch.stack(torch._foreach_norm(counted)).double().square().sum()
-            if counted
-            else torch.zeros((), dtype=torch.float64)
-        )
+        """L2 norm over every element of the model, each counted once; with a loss scale inf if any of them is not finite."""
+        views = self.gradients if self.reduced is self.flat_gradients else self._views(self.reduced)
+        norms = dict(zip(views, torch._foreach_norm(list(views.values())), strict=True))
+        counted = [norm for name, norm in norms.items() if self.counts_in_norm(name)]
+        squares = torch.stack(counted).double().square().sum() if counted else torch.zeros((), dtype=torch.float64)
+        if self.loss_scale is not None:  # copies that are not counted decide too: they would differ from then on
+            finite = torch.stack(list(norms.values())).isfinite().all()
+            squares = torch.where(finite, squares, torch.inf)
         return all_reduce(squares.to(self.topology.device), self.topology.model).sqrt().float()
 
     def read(self, name: str, kind: str) -> Tensor:
@@ -211,6 +247,11 @@ class PlainEngine(Engine):
         if kind not in self._moment_views:
             self._moment_views[kind] = self._views([self.optimizer.state[master][kind] for master in self.masters])
         return self._moment_views[kind]
+
+
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of this rank's slice, also where ZeRO-3 has shared the parameter out and left it empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def initial_state(parameter: Tensor, steps_done: int) -> dict[str, Tensor]:

@@ -6,14 +6,18 @@ all that initialisation, the norm of the gradients and the checkpoints need to k
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalm.parallel.collectives import copy_to_region, gather_sequence, scatter_sum, sum_from_region
-from megalm.parallel.topology import Topology
+from megalm.parallel.collectives import all_reduce, copy_to_region, gather_sequence, scatter_sum, sum_from_region
+from megalm.parallel.topology import Group, Topology
+from megalm.parallel.weight_gradients import WeightGradients
+from megalm_kernels.linear import linear
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,41 @@ class Shard:
     dim: int | None = None  # split dim; None: every tensor parallel rank holds all of it
     start: int = 0  # first index held along `dim`
     sequence_partial: bool = False  # its gradient covers a slice of the sequence only: sum it over the tensor group
+    padding: int = 0  # indices at the end of `dim` that fill the part up and are not in the whole: always zero
+    copies: int = 1  # ranks that hold this same slice; the gradient is the sum of theirs
+    copy: int = 0  # which of them this is
 
     @property
     def offset(self) -> tuple[int, ...]:
         """Where this part begins in the whole."""
         return tuple(self.start if dim == self.dim else 0 for dim in range(len(self.global_shape)))
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether the gradient is complete only once it is summed over the tensor group."""
+        return self.sequence_partial or self.copies > 1
+
     def slice_of(self, whole: Tensor, length: int) -> Tensor:
-        """This rank's part of the whole tensor; `length` is the local size along `dim`."""
-        return whole if self.dim is None else whole.narrow(self.dim, self.start, length)
+        """This rank's part of the whole tensor; `length` is the local size along `dim`, padding included."""
+        if self.dim is None:
+            return whole
+        return self.pad(whole.narrow(self.dim, min(self.start, whole.shape[self.dim]), length - self.padding))
+
+    def real(self, part: Tensor) -> Tensor:
+        """The part without its padding: what the whole has of it."""
+        return part if not self.padding else part.narrow(self.dim or 0, 0, part.shape[self.dim or 0] - self.padding)
+
+    def real_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The same of a local shape."""
+        return tuple(size - self.padding if dim == self.dim else size for dim, size in enumerate(shape))
+
+    def pad(self, part: Tensor) -> Tensor:
+        """The inverse of `real`."""
+        if not self.padding:
+            return part
+        shape = list(part.shape)
+        shape[self.dim or 0] = self.padding
+        return torch.cat([part, part.new_zeros(shape)], self.dim or 0)
 
 
 def shard_of(parameter: nn.Parameter) -> Shard:
@@ -46,29 +76,54 @@ def local_slice(parameter: nn.Parameter, shape: tuple[int, ...], whole: Tensor) 
     return shard.slice_of(whole, shape[shard.dim] if shard.dim is not None else 0)
 
 
+def sum_partial_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], group: Group) -> None:
+    """Complete, in place, gradients that arise in parts on the ranks of the tensor group: one all-reduce for all of them.
+
+    Slices of the sequence: the parts add up as they are. Copies of one slice: each rank adds in its slice's place of the
+    whole, which is small (there are more ranks than key/value heads) and needs no group of its own.
+    """
+    if not parameters:
+        return
+    wholes = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        shard = shard_of(parameter)
+        whole = gradient
+        if shard.copies > 1:
+            whole = gradient.new_zeros(shard.global_shape)
+            shard.slice_of(whole, gradient.shape[shard.dim or 0]).copy_(gradient)
+        wholes.append(whole)
+    flat = all_reduce(torch.cat([whole.flatten() for whole in wholes]), group)
+    for parameter, gradient, whole, total in zip(
+        parameters, gradients, wholes, flat.split([whole.numel() for whole in wholes]), strict=True
+    ):
+        gradient.copy_(local_slice(parameter, tuple(gradient.shape), total.view(whole.shape)))
+
+
 class ColumnParallelLinear(nn.Module):
     """A slice of a linear layer's output features. The input is whole (a `norm` in front of it made it so)."""
 
-    def __init__(self, full: nn.Linear, topology: Topology):
+    def __init__(self, full: nn.Linear, split: Split, queue: WeightGradients | None):
         super().__init__()
-        self.weight = _split(full.weight, 0, topology)
-        self.bias = None if full.bias is None else _split(full.bias, 0, topology)
+        self.queue = queue
+        self.weight = split(full.weight, 0)
+        self.bias = None if full.bias is None else split(full.bias, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.queue)
 
 
 class RowParallelLinear(nn.Module):
     """A slice of a linear layer's input features; the ranks' products are summed, then the bias is added once."""
 
-    def __init__(self, full: nn.Linear, topology: Topology):
+    def __init__(self, full: nn.Linear, topology: Topology, queue: WeightGradients | None):
         super().__init__()
         self.group, self.sequence_parallel = topology.tensor, topology.sequence_parallel
-        self.weight = _split(full.weight, 1, topology)
+        self.queue = queue
+        self.weight = _split(topology)(full.weight, 1)
         self.bias = None if full.bias is None else _whole(full.bias, topology)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = linear(x, self.weight, None, self.queue)
         y = scatter_sum(y, self.group) if self.sequence_parallel else sum_from_region(y, self.group)
         return y if self.bias is None else y + self.bias
 
@@ -79,7 +134,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, full: nn.Embedding, topology: Topology):
         super().__init__()
         self.group, self.sequence_parallel = topology.tensor, topology.sequence_parallel
-        self.weight = _split(full.weight, 0, topology)
+        self.weight = _split(topology, pad=True)(full.weight, 0)
         self.start, self.length = shard_of(self.weight).start, self.weight.shape[0]  # ZeRO-3 empties the weight's shape
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -92,32 +147,48 @@ class VocabParallelEmbedding(nn.Module):
 class _EnterRegion:
     """Forward hook of a `norm`: its output enters a region that is split over the group."""
 
-    def __init__(self, topology: Topology):
+    def __init__(self, topology: Topology, queue: WeightGradients | None):
         self.group, self.sequence_parallel = topology.tensor, topology.sequence_parallel
+        self.meanwhile = queue.run_behind_collective if queue is not None and queue.overlap else None
 
     def __call__(self, module: nn.Module, args: object, y: Tensor) -> Tensor:
-        return gather_sequence(y, self.group) if self.sequence_parallel else copy_to_region(y, self.group)
+        enter = gather_sequence if self.sequence_parallel else copy_to_region
+        return enter(y, self.group, meanwhile=self.meanwhile)
 
 
-def _split(parameter: Tensor, dim: int, topology: Topology) -> nn.Parameter:
-    """An empty parameter of this rank's part of `dim`."""
-    shape = list(parameter.shape)
-    assert shape[dim] % topology.tensor.size == 0, f"{shape} does not divide by {topology.tensor.size} along {dim}"
-    shape[dim] //= topology.tensor.size
-    part = nn.Parameter(torch.empty(shape, device=parameter.device, dtype=parameter.dtype))
-    part.shard = Shard(tuple(parameter.shape), dim, topology.tensor.rank * shape[dim])  # type: ignore[attr-defined]
-    return part
+Split = Callable[[nn.Parameter, int], nn.Parameter]
+LINEAR = ("column", "heads", "logits", "row")  # the styles of matrix products
+STYLES = (*LINEAR, "vocab", "norm", "sequence")
+
+
+def _split(topology: Topology, pad: bool = False, heads: int = 0) -> Split:
+    """What cuts a parameter along a dim into equal parts, one per tensor parallel rank.
+
+    `pad`: where the size does not divide, the last ranks' parts are filled up. `heads`: the dim is made of so many heads,
+    and where there are fewer of them than ranks, neighbouring ranks hold copies of one.
+    """
+    size, rank = topology.tensor.size, topology.tensor.rank
+    copies = size // heads if heads and size > heads else 1
+
+    def split(parameter: nn.Parameter, dim: int) -> nn.Parameter:
+        shape, whole = list(parameter.shape), parameter.shape[dim]
+        assert pad or whole * copies % size == 0, f"{shape} does not divide by {size} along {dim}"
+        length = -(-whole * copies // size)
+        start = rank // copies * length
+        padding = max(0, min(length, start + length - whole))
+        shape[dim] = length
+        part = nn.Parameter(torch.empty(shape, device=parameter.device, dtype=parameter.dtype))
+        shard = Shard(tuple(parameter.shape), dim, min(start, whole), False, padding, copies, rank % copies)
+        part.shard = shard  # type: ignore[attr-defined]
+        return part
+
+    return split
 
 
 def _whole(parameter: nn.Parameter, topology: Topology) -> nn.Parameter:
     """Mark a parameter that every rank holds whole and that, with sequence parallelism, sees a slice of the sequence."""
     parameter.shard = Shard(tuple(parameter.shape), sequence_partial=topology.sequence_parallel)  # type: ignore[attr-defined]
     return parameter
-
-
-def _split_norm(module: nn.Module, topology: Topology) -> nn.Module:
-    module.register_forward_hook(_EnterRegion(topology))
-    return _on_sequence_slice(module, topology)
 
 
 def _on_sequence_slice(module: nn.Module, topology: Topology) -> nn.Module:
@@ -128,22 +199,40 @@ def _on_sequence_slice(module: nn.Module, topology: Topology) -> nn.Module:
     return module
 
 
-STYLES = {
-    "column": ColumnParallelLinear,
-    "row": RowParallelLinear,
-    "vocab": VocabParallelEmbedding,
-    "norm": _split_norm,
-    "sequence": _on_sequence_slice,
-}
+def _styled(style: str, module: Any, owner: Any, topology: Topology, queue: WeightGradients | None) -> nn.Module:
+    """The module cut as `style` says; `owner` is the module that it is a part of."""
+    match style:
+        case "column":
+            return ColumnParallelLinear(module, _split(topology), queue)
+        case "heads":
+            return ColumnParallelLinear(module, _split(topology, heads=module.out_features // owner.head_dim), queue)
+        case "logits":
+            return ColumnParallelLinear(module, _split(topology, pad=True), queue)
+        case "row":
+            return RowParallelLinear(module, topology, queue)
+        case "vocab":
+            return VocabParallelEmbedding(module, topology)
+        case "norm":
+            module.register_forward_hook(_EnterRegion(topology, queue))
+            return _on_sequence_slice(module, topology)
+        case "sequence":
+            return _on_sequence_slice(module, topology)
+    raise AssertionError(f"no such style: {style}")
 
 
-def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], topology: Topology) -> None:
-    """Split `model` in place by `plan`: {end of a module's path: style}. Nothing happens in a tensor group of one."""
-    if topology.tensor.size == 1:
+def apply_tensor_parallel(
+    model: nn.Module, plan: dict[str, str], topology: Topology, queue: WeightGradients | None = None
+) -> None:
+    """Split `model` in place by `plan`: {end of a module's path: style}.
+
+    In a tensor group of one nothing happens, but that with a queue the linear layers learn of it.
+    """
+    alone = topology.tensor.size == 1
+    if alone and queue is None:
         return
     for path in [name for name, _ in model.named_modules()]:
         style = next((s for end, s in plan.items() if path == end or path.endswith("." + end)), None)
-        if style is not None:
+        if style is not None and (not alone or style in LINEAR):
             parent, _, leaf = path.rpartition(".")
             owner = model.get_submodule(parent)
-            setattr(owner, leaf, STYLES[style](getattr(owner, leaf), topology))  # type: ignore[operator]
+            setattr(owner, leaf, _styled(style, getattr(owner, leaf), owner, topology, queue))

@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from megalm.config.machine import launched_processes, processes
 from megalm.config.run import RunConfig
@@ -27,12 +28,43 @@ _STARTED = "--- started\n"  # separates the starts of a run in its log files
 _GRACE_SECONDS = 3.0  # between SIGTERM and SIGKILL
 
 
+class Worker(Protocol):
+    """One rank's process, as `subprocess.Popen` knows it."""
+
+    def poll(self) -> int | None:
+        """None while it runs, then its exit code; -9 if SIGKILL ended it."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+Starter = Callable[[str, Sequence[str], dict[str, str], Path | None], Worker]
+"""(module, arguments, environment, log file or None for the console) -> the process that runs them."""
+
+
 def in_worker() -> bool:
     """Whether a launcher (torchrun, srun, or `start_workers`) has started this process as one rank."""
     return launched_processes() > 0
 
 
-def start_workers(module: str, arguments: Sequence[str], config: RunConfig, quiet: bool = False) -> None:
+def start_process(module: str, arguments: Sequence[str], environ: dict[str, str], log_file: Path | None) -> subprocess.Popen:
+    """A new Python: `python -m module arguments...`."""
+    command = [sys.executable, "-m", module, *arguments]
+    if log_file is None:
+        return subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
+    with open(log_file, "a", encoding="utf-8") as file:
+        return subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+
+
+def start_workers(
+    module: str, arguments: Sequence[str], config: RunConfig, quiet: bool = False, start: Starter = start_process
+) -> None:
     """Run `python -m module arguments...` as the ranks of `config` and wait for them. Raises RunError when one fails.
 
     `quiet` sends rank 0's console to its log file too.
@@ -51,12 +83,12 @@ def start_workers(module: str, arguments: Sequence[str], config: RunConfig, quie
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "MEGALM_LAUNCHER": str(log_dir),
     }
-    command = [sys.executable, "-m", module, *arguments]
-    workers: list[subprocess.Popen] = []
+    workers: list[Worker] = []
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for rank in range(num_processes):
-            workers.append(_start(command, environ, rank, log_dir, quiet))
+            log_file = _log_file(log_dir, rank) if rank > 0 or quiet else None
+            workers.append(start(module, arguments, {**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log_file))
         _watch(workers, log_dir)
     finally:
         _end(workers)
@@ -74,17 +106,15 @@ def make_folder(path: Path) -> None:
         raise ConfigError(Problem("train.run_dir", path, rule, "", "train.run_dir=<a folder of yours>")) from error
 
 
-def _start(command: list[str], environ: dict[str, str], rank: int, log_dir: Path, quiet: bool) -> subprocess.Popen:
-    environ = {**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    if rank == 0 and not quiet:
-        return subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
-    with open(log_dir / f"rank-{rank}.log", "a", encoding="utf-8") as file:
+def _log_file(log_dir: Path, rank: int) -> Path:
+    """Where a rank's console goes, with a line that separates this start from earlier ones."""
+    path = log_dir / f"rank-{rank}.log"
+    with open(path, "a", encoding="utf-8") as file:
         file.write(_STARTED)
-        file.flush()
-        return subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+    return path
 
 
-def _watch(workers: list[subprocess.Popen], log_dir: Path) -> None:
+def _watch(workers: list[Worker], log_dir: Path) -> None:
     """Wait until all end well, or one does not."""
     while True:
         codes = [worker.poll() for worker in workers]
@@ -97,7 +127,7 @@ def _watch(workers: list[subprocess.Popen], log_dir: Path) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _first_error(workers: list[subprocess.Popen], failed: list[int], log_dir: Path) -> MegalmError:
+def _first_error(workers: list[Worker], failed: list[int], log_dir: Path) -> MegalmError:
     """The cause: a worker killed by a signal leaves no note and was first; else the earliest note."""
     for rank in failed:
         code = workers[rank].poll() or 0
@@ -156,7 +186,7 @@ def _unexpected(error: BaseException, folder: str) -> RunError:
     return RunError(Problem(type(error).__name__, first_line, "a worker must not fail", where, fix))
 
 
-def _end(workers: list[subprocess.Popen]) -> None:
+def _end(workers: list[Worker]) -> None:
     """Make sure that no worker is left: ask, wait a little, kill."""
     for worker in workers:
         if worker.poll() is None:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO stages 1 to 3 behind the Engine interface: the only file that knows DeepSpeed.
+"""DeepSpeed's ZeRO stages 1 to 3 behind the Engine interface; only the files `zero*.py` know DeepSpeed.
 
 DeepSpeed partitions, reduces, clips and steps; it does not run the model. The pipeline executor calls the chunks
 directly, so `.grad` fills up on plain parameters, and one reduction flushes them. The usual way (`engine(x)`,
@@ -7,7 +7,8 @@ directly, so `.grad` fills up on plain parameters, and one reduction flushes the
 - with accumulation steps > 1 its output hooks divide the gradient once more at every pipeline stage, so the accumulation
   in its config is 1 and the loss is scaled by us;
 - under ZeRO-3 its root forward broadcasts over the whole world and hangs with pipeline stages, so the root is never run;
-- per-microbatch reduction under ZeRO-3 adds into the last step's shard for a chunk whose backward is not the step's first;
+- reduction in the backward under ZeRO-3 adds into the last step's shard for a chunk whose backward is not the step's first
+  (see zero_reduce.py);
 - bf16 gradients are accumulated and sent in bf16 unless `.grad` itself is fp32 (`grad_dtype`) and the communication type too;
 - ZeRO-3's norm takes the rank in the whole model where the tensor rank is meant, and counts tied copies twice.
 
@@ -16,10 +17,7 @@ tests/parallel/test_zero_traps.py watches each of these facts.
 
 from __future__ import annotations
 
-import logging
-import sys
-import types
-import warnings
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,63 +27,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalm.config.parallel import ParallelConfig
 from megalm.parallel.engine import WEIGHT, Engine, MakeOptimizer, ParameterGroup, Tie, initial_state
+from megalm.parallel.loss_scale import LossScale
 from megalm.parallel.tensor_parallel import shard_of
 from megalm.parallel.topology import Topology
-
-
-class ModelParallelUnit:
-    """The grid as DeepSpeed wants to hear of it. Model parallel means all ranks of one copy: pipeline x tensor."""
-
-    def __init__(self, topology: Topology):
-        alone = [dist.new_group([rank]) for rank in range(topology.world_size)][topology.rank]  # collective
-        axes = {"model": "model", "data": "data", "tensor_model": "tensor", "pipeline_model": "pipeline"}
-        for prefix, axis in axes.items():
-            group = getattr(topology, axis)
-            answers = {"rank": group.rank, "group": group.handle or alone, "world_size": group.size}
-            for what, answer in answers.items():
-                setattr(self, f"get_{prefix}_parallel_{what}", lambda answer=answer: answer)
-        self.get_data_parallel_group_ranks = lambda: list(topology.data.ranks)
-
-
-def deepspeed_config(stage: int, precision: torch.dtype, clip: float) -> dict[str, Any]:
-    """The whole DeepSpeed configuration, from typed settings; a user's dict never reaches DeepSpeed, which ignores typos."""
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
-    if stage == 3:
-        # memory_efficient_linear would replace torch.nn.functional.linear in the whole process and round biases twice.
-        zero |= {"memory_efficient_linear": False, "stage3_param_persistence_threshold": 0}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only multiplies it; the batch is the loader's business
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,
-        "steps_per_print": 10**9,
-        "communication_data_type": "fp32",
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
-    }
-    if precision == torch.bfloat16:
-        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return config
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without two things that cost seconds at the start of every rank and serve nothing here.
-
-    Its shared memory op compiles for 70 s at first use, for inference only. Its Muon optimizer is imported by every engine,
-    for an isinstance check, and pulls in torch.compile: 1 s, and 4 s where four ranks share two cores.
-    """
-    muon = types.ModuleType("deepspeed.runtime.zero.muon.muon_optimizer")
-    muon.MuonWithAuxAdam = type("MuonWithAuxAdam", (torch.optim.Optimizer,), {})  # type: ignore[attr-defined]
-    sys.modules.setdefault(muon.__name__, muon)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="deepspeed")
-    import deepspeed
-    from deepspeed.runtime import bf16_optimizer
-
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # it prints to the console, a dozen times
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+from megalm.parallel.zero_config import ModelParallelUnit, deepspeed_config, import_deepspeed, make_node_groups
+from megalm.parallel.zero_reduce import FlatGradients, InBackward, OncePerStep, Reduction, complete_partial_gradients
 
 
 class ZeroEngine(Engine):
@@ -98,35 +46,45 @@ class ZeroEngine(Engine):
         make_optimizer: MakeOptimizer,
         topology: Topology,
         clip: float,
-        stage: int,
+        parallel: ParallelConfig,
         tie: Tie | None = None,
+        loss_scale: LossScale | None = None,
+        accumulate_fp32: bool = True,
     ):
-        super().__init__(groups, topology, tie)
-        self.stage, self._moments_linked = stage, False
+        super().__init__(groups, topology, tie, loss_scale)
+        self.stage, self._moments_linked = parallel.zero, False
         precision = next(iter(self.parameters.values())).dtype
-        self.low_precision = precision != torch.float32
+        if precision != torch.float32 and accumulate_fp32:
+            for parameter in self.parameters.values():
+                parameter.grad_dtype = torch.float32
         for name, parameter in self.parameters.items():
             parameter.tensor_model_parallel = shard_of(parameter).dim is not None  # type: ignore[attr-defined]
-            parameter.ds_pipe_replicated = self.saved_name(name) != name  # type: ignore[attr-defined]
-            if self.low_precision:
-                parameter.grad_dtype = torch.float32
+            parameter.ds_pipe_replicated = self.is_extra_copy(name)  # type: ignore[attr-defined]
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        make_node_groups(topology, parallel.zero_node_size)
         optimizer = make_optimizer(
             [{"params": list(g.parameters.values()), "weight_decay": g.weight_decay} for g in groups]
         )
+        elements = sum(math.prod(shape) for shape in self.shapes.values())
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=deepspeed_config(stage, precision, clip),
+            config=deepspeed_config(parallel, precision, clip, accumulate_fp32, elements, topology.device.type),
             mpu=ModelParallelUnit(topology),
         )
         self._check_understood(precision, clip)
-        self.aliased = type(self.optimizer).__name__ == "BF16_Optimizer"  # bf16 ZeRO-1: flat fp32 gradients of its own
-        if stage == 2 and self.low_precision:
-            self.optimizer.use_grad_accum_attribute = True  # else gradients pass through a bf16 bucket
-        if stage == 3:
+        if self.stage == 2 and precision != torch.float32 and accumulate_fp32:
+            self.optimizer.use_grad_accum_attribute = True  # else gradients pass through a bucket of low precision
+        if self.stage == 3:
             self._correct_stage3_norm()
+        self.aliased = type(self.optimizer).__name__ == "BF16_Optimizer"  # bf16 ZeRO-1: flat fp32 gradients of its own
+        self.reduction: Reduction = FlatGradients() if self.aliased else OncePerStep()
+        if parallel.zero_reduce == "microbatch":
+            assert self.stage > 1 and tie is None, "validated"
+            self.reduction = InBackward(self.stage)
+            complete_partial_gradients(list(self.parameters.values()), topology.tensor)
+        self._tell_scale()
 
     def _check_understood(self, precision: torch.dtype, clip: float) -> None:
         """DeepSpeed takes defaults for keys it does not know, without a word: compare what it says with what was meant."""
@@ -137,6 +95,7 @@ class ZeroEngine(Engine):
             "gradient_clipping": engine.gradient_clipping() == clip,
             "communication_data_type": engine.communication_data_type == torch.float32,
             "bf16": engine.bfloat16_enabled() == (precision == torch.bfloat16),
+            "fp16": engine.fp16_enabled() == (precision == torch.float16),
         }
         assert all(understood.values()), f"DeepSpeed did not take what it was given: {understood}"
 
@@ -156,42 +115,37 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        with self._flat_gradients() if self.aliased else self._one_reduction():
+        with self.reduction.scope(self.deepspeed):
             yield
-            self._reduce_model_parallel()
+            if not self.reduction.in_backward:
+                self._reduce_model_parallel()
 
-    @contextmanager
-    def _one_reduction(self) -> Iterator[None]:
-        """Gradients stay on the parameters and are reduced once, on leaving."""
-        with self.deepspeed.coalesce_grad_reduction():
-            yield
-            self.optimizer.backward_epilogue()
-
-    @contextmanager
-    def _flat_gradients(self) -> Iterator[None]:
-        """bf16 ZeRO-1: autograd adds into the optimizer's flat fp32 gradients, which are told that they are full."""
-        optimizer = self.optimizer
-        for parameters, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient.view_as(parameter)
-        yield
-        for i, parameters in enumerate(optimizer.bf16_groups):
-            for j, parameter in enumerate(parameters):
-                parameter.grad = None
-                parameter._hp_grad = optimizer.fp32_groups_gradients[i][j]
-                optimizer.fp32_groups_has_gradients[i][j] = True
-        self.deepspeed.allreduce_gradients()
+    def after_backward(self) -> None:
+        self.reduction.after_backward(self.deepspeed)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """DeepSpeed averages over data parallel ranks; the contract is a sum."""
-        return loss * self.topology.data.size
+        """DeepSpeed averages over data parallel ranks; the contract is a sum. In fp16 see `_tell_scale`."""
+        return loss * (self.topology.data.size if self.loss_scale is None else self.loss_scale.scale)
 
     def step(self, lr: float) -> Tensor:
+        """DeepSpeed divides by the loss scale and finds the overflow; whether the scale changes is our LossScale's business."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
-        self.steps_done += 1
+        self.skipped = bool(self.optimizer.overflow)
+        self.steps_done += not self.skipped
+        if self.loss_scale is not None:
+            self.loss_scale.update(self.skipped)
+            self._tell_scale()
         return torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float32)
+
+    def _tell_scale(self) -> None:
+        """What DeepSpeed is to divide gradients by: the scale, but not again by the copies, over which it averages.
+
+        In fp16 the loss itself must not grow with the copies: they would overflow where one rank does not.
+        """
+        if self.loss_scale is not None:
+            self.optimizer.override_loss_scale(self.loss_scale.scale / self.topology.data.size)
 
     def read(self, name: str, kind: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -236,6 +190,7 @@ class ZeroEngine(Engine):
         self._link_moments()
 
     def finish_load(self) -> None:
+        self._tell_scale()
         if self.stage == 3:
             self.optimizer._partition_all_parameters()
             for i in range(len(self.optimizer.fp16_groups)):

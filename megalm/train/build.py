@@ -5,6 +5,7 @@ Everything below this file knows either the model or the cluster, not both. Read
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,20 +16,27 @@ from megalm.data.corpus import Corpus
 from megalm.data.loader import Batch, Loader
 from megalm.data.packing import GPTDataset
 from megalm.models.init import initial_value
-from megalm.models.layers import Dropout
+from megalm.models.layers import Dropout, FusesProjections
 from megalm.models.plans import PLANS, TIED
 from megalm.models.registry import build_model
 from megalm.objectives.language_modeling import causal_loss
 from megalm.optim.adam import build_optimizer
 from megalm.optim.groups import build_groups
 from megalm.parallel.engine import Engine, PlainEngine, Tie
-from megalm.parallel.pipeline import Forward, PipelineExecutor
-from megalm.parallel.schedules import SCHEDULES, forward_only
+from megalm.parallel.loss_scale import LossScale
+from megalm.parallel.pipeline import Forward, Hidden, PipelineExecutor, Spec
+from megalm.parallel.recompute import apply_recompute
+from megalm.parallel.schedules import Schedule, build_schedule, forward_only
 from megalm.parallel.stages import apply_stage
 from megalm.parallel.tensor_parallel import apply_tensor_parallel, local_slice, shard_of
 from megalm.parallel.topology import Topology
+from megalm.parallel.weight_gradients import WeightGradients
+from megalm.train.forecast import layers_per_stage
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+Place = Callable[[nn.Parameter], None]
 
 
 @dataclass
@@ -37,13 +45,19 @@ class Job:
 
     config: RunConfig
     topology: Topology
-    chunks: nn.ModuleList  # this rank's stages
+    stages: list[int]  # this rank's, along the model
+    chunks: nn.ModuleList  # the same as modules
     engine: Engine
     executor: PipelineExecutor
     evaluator: PipelineExecutor  # forwards only
     loader: Loader
     valid_batches: list[Batch]  # this rank's part of what every evaluation looks at; empty: no evaluation
     corpus: Corpus
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the last stage is here."""
+        return self.executor.schedule.num_stages - 1 in self.stages
 
 
 def build_job(config: RunConfig, topology: Topology, corpus: Corpus, draw: bool = True) -> Job:
@@ -52,49 +66,87 @@ def build_job(config: RunConfig, topology: Topology, corpus: Corpus, draw: bool 
     Without `draw` the weights are zeros, for a checkpoint to fill in: drawing a large model takes minutes.
     """
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
-    stages = parallel.pipeline_parallel * parallel.chunks
-    chunks = nn.ModuleList(
-        build_stage(config, topology, chunk * parallel.pipeline_parallel + topology.pipeline.rank, stages, dtype, draw)
-        for chunk in range(parallel.chunks)
-    )
+    ranks, chunks_each = parallel.pipeline_parallel, parallel.chunks
+    schedule = build_schedule(parallel.schedule, ranks, config.num_microbatches, chunks_each, parallel.schedule_file)
+    queue = build_queue(config, schedule)
+    stages = schedule.stages_of(topology.pipeline.rank)
+    place = build_place(config, topology, dtype)
+    chunks = nn.ModuleList(build_stage(config, topology, s, schedule.num_stages, dtype, draw, queue, place) for s in stages)
+    share_tied(chunks)
     batch_size = config.train.global_batch_size
     eval_samples = -(-config.train.eval_samples // batch_size) * batch_size  # whole batches: the same on every layout
     eval_microbatches = config.num_microbatches * eval_samples // batch_size
-    schedule = SCHEDULES[parallel.schedule](parallel.pipeline_parallel, config.num_microbatches, parallel.chunks)
-    eval_schedule = forward_only(parallel.pipeline_parallel, eval_microbatches, parallel.chunks)
+    eval_schedule = forward_only(ranks, eval_microbatches, chunks_each, schedule.placement)
     split = topology.tensor.size if topology.sequence_parallel else 1
-    hidden = (config.train.micro_batch_size, config.data.seq_length // split, config.model.hidden_size)
+    hidden = Spec((config.train.micro_batch_size, config.data.seq_length // split, config.model.hidden_size), dtype)
     executor, evaluator = (
-        PipelineExecutor(s, topology.pipeline, hidden, dtype, topology.device) for s in (schedule, eval_schedule)
+        PipelineExecutor(s, topology.pipeline, lambda stage, microbatch: [hidden], topology.device, queue)
+        for s in (schedule, eval_schedule)
     )
-    loader = build_loader(config, topology, corpus.train, batch_size)
+    reads = not {0, schedule.num_stages - 1}.isdisjoint(stages)
+    loader = build_loader(config, topology, corpus.train, batch_size, reads)
     valid: list[Batch] = []
     if config.train.eval_every and corpus.valid:
-        valid = [batch.to(topology.device) for batch in build_loader(config, topology, corpus.valid, eval_samples).read(0)]
+        valid = [batch.to(topology.device) for batch in build_loader(config, topology, corpus.valid, eval_samples, reads).read(0)]
     engine = build_engine(config, topology, chunks)
-    return Job(config, topology, chunks, engine, executor, evaluator, loader, valid, corpus)
+    executor.before_backward, executor.after_backward = engine.before_backward, engine.after_backward
+    return Job(config, topology, stages, chunks, engine, executor, evaluator, loader, valid, corpus)
+
+
+def build_queue(config: RunConfig, schedule: Schedule) -> WeightGradients | None:
+    """The queue of weight gradients, if anything makes them wait; ZeRO's hooks in the backward need them at once."""
+    parallel = config.parallel
+    overlap = parallel.overlap and parallel.tensor_parallel > 1
+    if parallel.zero and parallel.zero_reduce == "microbatch":
+        return None
+    return WeightGradients(overlap) if overlap or schedule.splits_backward else None
+
+
+def share_tied(chunks: nn.ModuleList) -> None:
+    """Where first and last stage are on one rank, tied embeddings are one parameter."""
+    first, last = chunks[0], chunks[-1]
+    if first is not last and last.config.tie_embeddings and first.embedding is not None and last.head is not None:
+        last.head.weight = first.embedding.weight
 
 
 def build_stage(
-    config: RunConfig, topology: Topology, stage: int, num_stages: int, dtype: torch.dtype, draw: bool = True
+    config: RunConfig,
+    topology: Topology,
+    stage: int,
+    num_stages: int,
+    dtype: torch.dtype,
+    draw: bool = True,
+    queue: WeightGradients | None = None,
+    place: Place | None = None,
 ) -> nn.Module:
     """One pipeline stage, sliced for this tensor rank, with its initial weights, or zeros."""
     with torch.device("meta"):
         model = build_model(config.model)
-    apply_stage(model, stage, num_stages)
-    apply_tensor_parallel(model, PLANS[config.model.architecture], topology)
+    apply_stage(model, stage, layers_per_stage(config, num_stages))
+    apply_tensor_parallel(model, PLANS[config.model.architecture], topology, queue)
     model.tie()
-    apply_initial_weights(model, config, dtype, topology.device, draw)
+    apply_initial_weights(model, config, dtype, topology.device, draw, place)
+    apply_recompute(model, config.train.recompute, config.train.recompute_every, topology.tensor, config.parallel.zero < 3)
     for module in model.modules():
         if isinstance(module, Dropout):
             module.seed = config.train.seed
+        if isinstance(module, FusesProjections):  # ZeRO-3 gathers weights where a module is called, not where it is used
+            module.fuse = config.kernels.fuse_projections and config.parallel.zero < 3
     return model
 
 
 def apply_initial_weights(
-    model: nn.Module, config: RunConfig, dtype: torch.dtype, device: torch.device, draw: bool = True
+    model: nn.Module,
+    config: RunConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    draw: bool = True,
+    place: Place | None = None,
 ) -> None:
-    """Replace every meta parameter by its slice of the initial weights, drawn by name: the same on every layout."""
+    """Replace every meta parameter by its slice of the initial weights, drawn by name: the same on every layout.
+
+    `place` is called with each parameter as soon as it is made.
+    """
     tied = TIED if config.model.tie_embeddings else {}
     made: dict[int, nn.Parameter] = {}  # a tied parameter has two owners
     for path, module in model.named_modules():
@@ -108,33 +160,58 @@ def apply_initial_weights(
                     part = local_slice(empty, tuple(empty.shape), whole)
                 made[id(empty)] = nn.Parameter(part.to(device=device, dtype=dtype, copy=True).contiguous())
                 made[id(empty)].shard = shard  # type: ignore[attr-defined]
+                if place is not None:
+                    place(made[id(empty)])
             setattr(module, leaf, made[id(empty)])
+
+
+def named_parameters(chunks: nn.ModuleList) -> dict[str, nn.Parameter]:
+    """Parameters of all chunks by name, each once, under the first name that it has."""
+    found, seen = dict[str, nn.Parameter](), set[int]()
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[name] = parameter
+    return found
+
+
+def build_place(config: RunConfig, topology: Topology, dtype: torch.dtype) -> Place | None:
+    """What becomes of a parameter once it is made: ZeRO-3 shares it out, so that no rank ever holds all of the weights."""
+    if config.parallel.zero < 3:
+        return None
+    from megalm.parallel.zero_start import ShareOut
+
+    return ShareOut(topology, dtype, config.parallel)
 
 
 def build_engine(config: RunConfig, topology: Topology, chunks: nn.ModuleList) -> Engine:
     """Plain data parallel for zero=0, DeepSpeed (imported only then) for zero=1, 2, 3."""
-    parameters = {name: p for chunk in chunks for name, p in chunk.named_parameters()}
+    parameters = named_parameters(chunks)
     groups = build_groups(parameters, config.optim.weight_decay)
     tie = None
     if config.model.tie_embeddings and topology.pipeline.size > 1:
         ends = [Tie(name, original) for copy, original in TIED.items() for name in (copy, original)]
-        tie = next((end for end in ends if end.name in parameters), None)  # none on a middle stage
+        held = [end for end in ends if end.name in parameters]
+        here = any(stage.embedding is not None for stage in chunks) and any(stage.head is not None for stage in chunks)
+        tie = held[0] if held and not here else None  # none on a middle stage, nor where both ends are one parameter
 
     def make_optimizer(param_groups: list[dict]) -> torch.optim.Optimizer:
         return build_optimizer(param_groups, config.optim)
 
+    train, clip = config.train, config.optim.clip
+    scale = LossScale(train.loss_scale, train.loss_scale_window) if train.precision == "fp16" else None
     if config.parallel.zero == 0:
-        return PlainEngine(groups, make_optimizer, topology, config.optim.clip, tie)
+        return PlainEngine(groups, make_optimizer, topology, clip, tie, scale, train.accumulate_fp32)
     from megalm.parallel.zero import ZeroEngine
 
     return ZeroEngine(
-        chunks, groups, make_optimizer, topology, config.optim.clip, config.parallel.zero, tie
+        chunks, groups, make_optimizer, topology, clip, config.parallel, tie, scale, train.accumulate_fp32
     )
 
 
-def build_loader(config: RunConfig, topology: Topology, dataset: GPTDataset, batch_size: int) -> Loader:
-    """Only the ends of the pipeline read tokens; the other stages need the samples' numbers alone."""
-    reads = topology.pipeline.is_first or topology.pipeline.is_last
+def build_loader(config: RunConfig, topology: Topology, dataset: GPTDataset, batch_size: int, reads: bool) -> Loader:
+    """Only ranks with an end of the model (`reads`) read tokens; the others need the samples' numbers alone."""
     micro, data, pinned = config.train.micro_batch_size, topology.data, topology.device.type == "cuda"
     return Loader(dataset, batch_size, micro, data.rank, data.size, reads, pinned)
 
@@ -143,16 +220,17 @@ def build_forward(job: Job, batches: list[Batch], divisor: Tensor, losses: list[
     """What the executor runs: a chunk, and on the last stage the loss (sum over tokens / divisor), noted in `losses`."""
     device, last = job.topology.device, job.executor.schedule.num_stages - 1
     positions = torch.arange(job.config.data.seq_length, device=device)
+    chunk_of = dict(zip(job.stages, job.chunks, strict=True))
 
-    def forward(stage: int, microbatch: int, hidden: Tensor | None) -> Tensor:
+    def forward(stage: int, microbatch: int, hidden: Hidden | None) -> Tensor:
         batch = batches[microbatch]
         x = batch.tokens if hidden is None else hidden
         assert x is not None, "the first stage reads"
-        y = job.chunks[stage // job.topology.pipeline.size](x, positions, batch.samples)
+        y = chunk_of[stage](x, positions, batch.samples)
         if stage < last:
             return y
         assert batch.labels is not None, "the last stage reads"
-        loss = causal_loss(y, batch.labels, job.topology.tensor) / divisor
+        loss = causal_loss(y, batch.labels, job.topology.tensor, job.config.model.vocab_size) / divisor
         losses.append(loss.detach())
         return job.engine.scale_loss(loss)
 

@@ -60,9 +60,11 @@ class Logging(Hook):
             "step": step,
             "loss": loss,
             "lr": result.lr,
-            "grad_norm": norm,
+            "grad_norm": None if result.skipped else norm,
             "tokens": trainer.state.consumed_tokens,
         }
+        if result.loss_scale is not None:
+            record |= {"loss_scale": result.loss_scale, "skipped": result.skipped}
         if step % trainer.config.train.log_every == 0 or step == trainer.config.train.steps:
             speed, memory = self.meter.read(), peak_memory_bytes(device)
             record |= {**vars(speed), "memory_bytes": memory, "time": time.time()}

@@ -16,6 +16,7 @@ import yaml
 import megalm_kernels
 from megalm.checkpoint.sharded import LATEST, MANIFEST, find_checkpoint, read_manifest
 from megalm.checkpoint.state import RunState, load_checkpoint, state_of
+from megalm.config.fields import flatten
 from megalm.config.parallel import layout_name
 from megalm.config.run import RunConfig
 from megalm.data.corpus import Corpus, corpus_of
@@ -26,7 +27,9 @@ from megalm.parallel.bootstrap import start_process_group, stop_process_group
 from megalm.parallel.topology import Topology, build_topology
 from megalm.parallel.workers import make_folder, note_error
 from megalm.train.build import build_job
+from megalm.train.counting import Counting
 from megalm.train.hooks import Checkpointing, Evaluating, Logging, ProgressBar
+from megalm.train.trace import Tracing
 from megalm.train.tracking import build_trackers
 from megalm.train.trainer import Hook, Trainer
 
@@ -39,7 +42,7 @@ def pretrain(config: RunConfig) -> None:
         with writing(run_dir):
             lock = lock_folder(run_dir) if this_rank() == 0 else None
             open_log(run_dir / "logs")
-        device = start_process_group(config.cluster)
+        device = start_process_group(config.cluster, flatten(config))
         config.cluster.num_processes = dist.get_world_size()
         torch.manual_seed(config.train.seed)  # nothing draws from it; what does one day is the same each time
         _train(config, run_dir, device)
@@ -96,7 +99,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
             if corpus.tokenizer is not None:  # the run's own copy: a corpus may be made anew, or stay behind
                 corpus.tokenizer.save(run_dir / "tokenizer.json")
     logging = Logging(build_trackers(config, resolved) if topology.rank == 0 else [])
-    hooks: list[Hook] = [ProgressBar(), logging, Evaluating(logging), Checkpointing(resolved, logging)]
+    hooks: list[Hook] = [Counting(), Tracing(), ProgressBar(), logging, Evaluating(logging), Checkpointing(resolved, logging)]
     Trainer(job, state, hooks).fit()
     unigram = corpus.unigram_entropy
     yardstick = f", {_side(logging.recent_loss, unigram)} the corpus's unigram entropy of {unigram:.4f}" if unigram else ""

@@ -19,13 +19,18 @@ from megalm.parallel.collectives import all_reduce
 from megalm.train.build import Job, build_forward
 
 
+SMALLEST_SCALE = 1.0  # of the loss in fp16: below it gradients vanish where they do not overflow
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step tells; the tensors are scalars, equal on all ranks."""
 
     loss: Tensor  # nats per token over the global batch, before the update
-    grad_norm: Tensor  # before clipping
+    grad_norm: Tensor  # before clipping; inf if the step was skipped
     lr: float
+    skipped: bool = False  # fp16: a gradient overflowed, nothing was updated
+    loss_scale: float | None = None  # fp16: with which this step ran
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,13 @@ class Evaluation:
 
 
 class Hook:
-    """Called at the start, after every step (in the order of the list) and at the end (in reverse, also after an error)."""
+    """Called at the start, around every step (in the order of the list) and at the end (in reverse, also after an error)."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step."""
+
+    def before_step(self, trainer: Trainer) -> None:
+        """Before every optimizer step."""
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """After every optimizer step; `trainer.state.step` counts it already."""
@@ -65,6 +73,8 @@ class Trainer:
                 hook.on_start(self)
                 started.append(hook)
             while self.state.step < self.config.train.steps and not self.state.stopped_early:
+                for hook in self.hooks:
+                    hook.before_step(self)
                 result = self.train_step()
                 for hook in self.hooks:
                     hook.after_step(self, result)
@@ -81,11 +91,13 @@ class Trainer:
         with self.engine.accumulate():
             self.job.executor.run(build_forward(self.job, batches, divisor, losses))
         lr = learning_rate(self.state.step, self.config.optim, self.config.train.steps)
+        scale = self.engine.loss_scale.scale if self.engine.loss_scale else None
         grad_norm = self.engine.step(lr)
         self.state.step += 1
+        self.state.note_scaling(self.engine.loss_scale, self.engine.skipped)
         self.state.consumed_samples += self.config.train.global_batch_size
         self.state.consumed_tokens += self.config.train.global_batch_size * self.config.data.seq_length
-        return StepResult(self._sum(losses), grad_norm, lr)
+        return StepResult(self._sum(losses), grad_norm, lr, self.engine.skipped, scale)
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
@@ -108,7 +120,7 @@ class Trainer:
     def _sum(self, parts: list[Tensor]) -> Tensor:
         """Sum of what the last stage's ranks have, told to every stage; the others' parts do not count."""
         total = torch.stack(parts).sum() if parts else torch.zeros((), device=self.topology.device)
-        if not self.topology.pipeline.is_last:
+        if not self.job.has_loss:
             total = torch.zeros_like(total)
         return all_reduce(all_reduce(total, self.topology.data), self.topology.pipeline)
 
@@ -125,8 +137,16 @@ class Trainer:
 
 
 def check_finite(step: int, result: StepResult) -> tuple[float, float]:
-    """Loss and gradient norm as numbers. Raises RunError when one is not finite: the weights are no longer worth saving."""
+    """Loss and gradient norm as numbers. Raises RunError when one is not finite: the weights are no longer worth saving.
+
+    In fp16 a step that overflowed was skipped and harmed nothing, unless the loss scale has nothing left to give.
+    """
     loss, norm = torch.stack([result.loss, result.grad_norm.to(result.loss)]).tolist()  # sync
+    if result.skipped and math.isfinite(loss) and result.loss_scale is not None:
+        if result.loss_scale >= SMALLEST_SCALE:
+            return loss, norm
+        rule = f"gradients overflow fp16 even with a loss scale of {result.loss_scale}; the last checkpoint is untouched"
+        raise RunError(Problem(f"step {step}", None, rule, "", "train.precision=bf16, or a smaller optim.lr"))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         rule = f"loss ({loss}) and gradient norm ({norm}) must stay finite; the last checkpoint is untouched"
         fix = "a smaller optim.lr, more optim.warmup_steps, or optim.clip=1.0; the same command resumes from there"

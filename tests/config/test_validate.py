@@ -23,12 +23,16 @@ BREAKS: dict[str, dict[str, Any]] = {
     "hidden_per_head": {"model.num_heads": 3},
     "rope_even": {"model.head_dim": 33},
     "heads_per_rank": {"parallel.tensor_parallel": 8},
-    "kv_heads_per_rank": {"parallel.tensor_parallel": 4, "model.num_kv_heads": 2},
+    "kv_heads_per_rank": {"parallel.tensor_parallel": 4, "model.num_heads": 12, "model.num_kv_heads": 6, "model.hidden_size": 192},
     "ffn_per_rank": {"parallel.tensor_parallel": 2, "model.ffn_size": 511},
-    "vocab_per_rank": {"parallel.tensor_parallel": 2, "model.vocab_size": 50257},
     "sequence_per_rank": {"parallel.tensor_parallel": 2, "parallel.sequence_parallel": True, "data.seq_length": 127},
     "sequence_parallel_used": {"parallel.sequence_parallel": True},
     "layer_per_chunk": {"parallel.pipeline_parallel": 5},
+    "split_known": {"parallel.pipeline_parallel": 2, "parallel.stage_split": "most"},
+    "split_length": {"parallel.pipeline_parallel": 2, "parallel.stage_split": "2,1,1"},
+    "split_sum": {"parallel.pipeline_parallel": 2, "parallel.stage_split": "3,3"},
+    "split_empty": {"parallel.pipeline_parallel": 4, "parallel.stage_split": "2,0,1,1"},
+    "recompute_every_used": {"train.recompute_every": 2},
     "chunks_schedule": {"parallel.pipeline_parallel": 2, "parallel.chunks": 2},
     "interleaved_chunks": {"parallel.pipeline_parallel": 2, "parallel.schedule": "interleaved"},
     "chunks_stages": {"parallel.chunks": 2, "parallel.schedule": "gpipe"},
@@ -99,6 +103,10 @@ def test_row_raises_and_its_fix_passes(name: str, monkeypatch: pytest.MonkeyPatc
         {"cluster.num_processes": 4, "parallel.zero": 3},
         {"optim.schedule": "wsd", "optim.wsd_decay_steps": 500, "optim.warmup_steps": 500},
         {"data.split": "98, 2, 0", "train.eval_every": 5, "train.patience": 3},
+        {"parallel.pipeline_parallel": 3, "parallel.stage_split": "auto"},
+        {"parallel.pipeline_parallel": 6, "parallel.stage_split": "0, 1,1,1,1, 0"},  # more stages than layers
+        {"parallel.pipeline_parallel": 2, "parallel.chunks": 2, "parallel.schedule": "bfs", "parallel.stage_split": "0,2,1,1"},
+        {"train.recompute": "selective", "train.recompute_every": 3},
     ],
 )
 def test_sound_configs_pass(flat: dict[str, Any]) -> None:
@@ -172,7 +180,7 @@ def _values(field: Any, kind: Any) -> st.SearchStrategy[Any]:
         int: st.integers(-1, 12) | st.integers(0, 20_000),
         float: st.floats(-1, 2) | st.just(fields.default_of(field)),
     }
-    texts = st.sampled_from(["1,0,0", "0.9,0.1,0", "x", *(field.metadata["allowed"] or ["y"])])
+    texts = st.sampled_from(["1,0,0", "0.9,0.1,0", "x", "2,2", "0,3,1", "auto", *(field.metadata["allowed"] or ["y"])])
     return {bool: st.booleans(), str: texts, **numbers}[kind]
 
 

@@ -12,7 +12,7 @@ from megalm.models.plans import PLANS, TIED
 from megalm.models.registry import MODELS, build_model
 from megalm.parallel.tensor_parallel import STYLES
 
-EXPECTED = {nn.Linear: {"column", "row"}, nn.Embedding: {"vocab"}, RMSNorm: {"norm"}, LayerNorm: {"norm"}, Dropout: {"sequence"}}
+EXPECTED = {nn.Linear: {"column", "heads", "logits", "row"}, nn.Embedding: {"vocab"}, RMSNorm: {"norm"}, LayerNorm: {"norm"}, Dropout: {"sequence"}}
 
 
 def styles(architecture: str) -> dict[str, tuple[nn.Module, list[str]]]:
@@ -54,7 +54,7 @@ def test_the_residual_stream_comes_whole_out_of_every_region(architecture: str) 
     """Between a norm (f) and the row parallel layer that ends the region (g) there are only column parallel ones."""
     plan = PLANS[architecture]
     assert plan["attention.out"] == plan["mlp.down"] == "row"
-    assert {plan[f"attention.{p}"] for p in "qkv"} == {plan["mlp.up"]} == {"column"}
+    assert plan["attention.q"] == plan["mlp.up"] == "column" and plan["attention.k"] == plan["attention.v"] == "heads"
 
 
 @pytest.mark.parametrize("architecture", PLANS)

@@ -45,7 +45,7 @@ CASES = [
 
 def losses_and_gradient(logits: Tensor, labels: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     x = logits.clone().requires_grad_()
-    losses = token_losses(x, labels, group)
+    losses = token_losses(x, labels, group, V)
     (losses * torch.linspace(0.5, 2, T)).sum().backward()
     assert x.grad is not None
     return losses.detach(), x.grad
@@ -104,7 +104,7 @@ def test_whole_vocabulary_equals_cross_entropy(name: str) -> None:
 
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary() -> None:
-    losses = token_losses(torch.full((3, V), 7.0), torch.tensor([0, 5, V - 1]), Group((0,), 0))
+    losses = token_losses(torch.full((3, V), 7.0), torch.tensor([0, 5, V - 1]), Group((0,), 0), V)
     torch.testing.assert_close(losses, torch.full((3,), math.log(V)))
 
 

@@ -16,7 +16,7 @@ def test_sum_over_counted_tokens() -> None:
     labels[0, 1] = labels[1, 4] = -100
     probabilities = logits.softmax(-1)
     by_hand = [-probabilities[b, s, labels[b, s]].log() for b in range(2) for s in range(5) if labels[b, s] >= 0]
-    torch.testing.assert_close(causal_loss(logits, labels, ALONE), torch.stack(by_hand).sum())
+    torch.testing.assert_close(causal_loss(logits, labels, ALONE, 11), torch.stack(by_hand).sum())
     assert count_tokens(labels) == 8 == len(by_hand)
 
 
@@ -25,9 +25,9 @@ def test_any_split_of_the_batch_gives_the_same_loss_and_gradient(cut: int) -> No
     logits, labels = torch.randn(4, 6, 11, requires_grad=True), torch.randint(11, (4, 6))
     labels[0] = -100  # the parts count different numbers of tokens
     labels[2, ::2] = -100
-    whole = causal_loss(logits, labels, ALONE) / count_tokens(labels)
+    whole = causal_loss(logits, labels, ALONE, 11) / count_tokens(labels)
     parts = [(logits[rows], labels[rows]) for rows in (slice(0, cut), slice(cut, 4))]
-    split = torch.stack([causal_loss(x, y, ALONE) / count_tokens(labels) for x, y in parts]).sum()
+    split = torch.stack([causal_loss(x, y, ALONE, 11) / count_tokens(labels) for x, y in parts]).sum()
     torch.testing.assert_close(split, whole)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (split, whole)))
 
@@ -35,4 +35,4 @@ def test_any_split_of_the_batch_gives_the_same_loss_and_gradient(cut: int) -> No
 def test_no_token_counts() -> None:
     labels = torch.full((1, 3), -100)
     assert count_tokens(labels) == 0
-    assert causal_loss(torch.randn(1, 3, 7), labels, ALONE) == 0
+    assert causal_loss(torch.randn(1, 3, 7), labels, ALONE, 7) == 0

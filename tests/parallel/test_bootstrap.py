@@ -137,7 +137,7 @@ def test_a_port_in_use_is_named_on_rank_0():
 
 def test_nobody_listening_is_named_on_the_other_ranks():
     place = Place(1, 2, 1, "127.0.0.1", free_port(), "0", False)
-    with pytest.raises(RunError, match="every rank must reach rank 0's rendezvous"):
+    with pytest.raises(RunError, match="rank 0 of 2 did not arrive within 1 s: every rank must reach rank 0's rendezvous"):
         bootstrap._open_store(place, timedelta(seconds=1))
 
 

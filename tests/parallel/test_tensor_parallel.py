@@ -8,42 +8,56 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megalm.config.run import RunConfig
 from megalm.models.plans import PLANS
 from megalm.models.registry import build_model
-from megalm.parallel.collectives import all_gather, all_reduce
-from megalm.parallel.tensor_parallel import Shard, apply_tensor_parallel, local_slice, shard_of
+from megalm.parallel.collectives import all_gather
+from megalm.parallel.tensor_parallel import Shard, apply_tensor_parallel, local_slice, shard_of, sum_partial_gradients
 from megalm.parallel.topology import Topology, build_topology
+from megalm.parallel.weight_gradients import WeightGradients
 from megalm.testing import run_distributed
 from megalm.train.build import build_stage
 from tests.parallel.tiny import alone, loss_of, samples, tiny_config, whole_model
 
-CASES = list(itertools.product(("llama", "gpt"), (False, True), (False, True)))  # architecture, sequence parallel, tied
-IDS = ["-".join([a, *(["sp"] if s else []), *(["tied"] if t else [])]) for a, s, t in CASES]
+# architecture, sequence parallel, tied, odd: a vocabulary that does not divide, two key/value heads, overlap
+CASES = list(itertools.product(("llama", "gpt"), (False, True), (False, True), (False, True)))
+IDS = ["-".join([a, *(["sp"] if s else []), *(["odd"] if o else []), *(["tied"] if t else [])]) for a, s, t, o in CASES]
+ODD_VOCAB = 41  # 4 ranks: 11, 11, 11 and 8 of 11 rows
 
 
-def compare(architecture: str, sequence_parallel: bool, tied: bool, size: int) -> dict:
-    """On one rank: differences of the split model from the whole one, and what its parameters say of themselves."""
+def config_of(architecture: str, sequence_parallel: bool, tied: bool, odd: bool, size: int) -> RunConfig:
     config = tiny_config(architecture, tied, tensor_parallel=size, sequence_parallel=sequence_parallel)
+    if odd:
+        config.model.vocab_size, config.model.num_kv_heads = ODD_VOCAB, 2
+    return config
+
+
+def compare(architecture: str, sequence_parallel: bool, tied: bool, odd: bool, size: int) -> dict:
+    """On one rank: differences of the split model from the whole one, and what its parameters say of themselves."""
+    config = config_of(architecture, sequence_parallel, tied, odd, size)
     topology = build_topology(config.parallel, torch.device("cpu"))
-    whole, part = randomise(whole_model(config)), build_stage(config, topology, 0, 1, torch.float32)
+    queue = WeightGradients(overlap=True) if odd else None
+    whole, part = randomise(whole_model(config)), build_stage(config, topology, 0, 1, torch.float32, queue=queue)
     initial = whole_model(config)
     drawn = {n: torch.equal(p, slice_like(p, dict(initial.named_parameters())[n])) for n, p in part.named_parameters()}
     with torch.no_grad():  # norm scales and biases away from 1 and 0, where a mistake in them would not show
         for name, p in part.named_parameters():
             p.copy_(slice_like(p, dict(whole.named_parameters())[name]))
     tokens = samples(0, 2)
-    logits = all_gather(part(tokens[:, :-1]).detach(), topology.tensor, dim=-1)
-    loss, whole_loss = loss_of(part, tokens, topology), loss_of(whole, tokens, alone())
+    logits = all_gather(part(tokens[:, :-1]).detach(), topology.tensor, dim=-1)[..., : config.model.vocab_size]
+    loss, whole_loss = loss_of(part, tokens, topology, config), loss_of(whole, tokens, alone(), config)
     loss.backward()
+    if queue is not None:
+        queue.run_behind_collective()
     whole_loss.backward()
     before = {name: p.grad.clone() for name, p in part.named_parameters()}
+    wanted = {name: slice_like(p, dict(whole.named_parameters())[name].grad) for name, p in part.named_parameters()}
     errors = {}
     for name, p in part.named_parameters():
-        wanted = dict(whole.named_parameters())[name].grad
-        if shard_of(p).sequence_partial:
-            all_reduce(p.grad, topology.tensor)
-        errors[name] = relative(p.grad, slice_like(p, wanted))
-    partial = sorted(n for n, p in part.named_parameters() if shard_of(p).sequence_partial)
+        if shard_of(p).is_partial:
+            sum_partial_gradients([p], [p.grad], topology.tensor)
+        errors[name] = relative(p.grad, wanted[name])
+    partial = sorted(n for n, p in part.named_parameters() if shard_of(p).is_partial)
     return {
         "names": list(before) == [name for name, _ in whole.named_parameters()],
         "drawn": sorted(name for name, same in drawn.items() if not same),
@@ -51,8 +65,9 @@ def compare(architecture: str, sequence_parallel: bool, tied: bool, size: int) -
         "loss": abs(loss.item() - whole_loss.item()) / whole_loss.item(),
         "gradients": errors,
         "partial": partial,
-        "partial alone": min((relative(before[n], dict(whole.named_parameters())[n].grad) for n in partial), default=1.0),
+        "partial alone": min((relative(before[n], wanted[n]) for n in partial), default=1.0),
         "held": sum(p.numel() for p in part.parameters()),
+        "real": {n: shard_of(p).real(p).numel() // shard_of(p).copies for n, p in part.named_parameters()},
         "split": sorted(n for n, p in part.named_parameters() if shard_of(p).dim is not None),
     }
 
@@ -72,7 +87,7 @@ def slice_like(parameter: nn.Parameter, whole: Tensor) -> Tensor:
 def relative(x: Tensor, y: Tensor) -> float:
     """Largest difference as a share of the largest value."""
     assert x.shape == y.shape, f"{x.shape} is not {y.shape}"
-    return ((x - y).abs().max() / y.abs().max()).item()
+    return ((x - y).abs().max() / y.abs().max().clamp(min=1e-9)).item()  # a rank may hold rows that no token uses
 
 
 def compare_all(rank: int, world_size: int) -> dict:
@@ -99,14 +114,22 @@ def test_split_model_equals_whole_model(by_rank, case):
 @pytest.mark.parametrize("case", IDS)
 def test_every_matrix_is_split_and_held_once(by_rank, case):
     """No rank holds more than its share of what the plan splits: a parameter left whole would pass the test above."""
-    config = tiny_config(case.split("-")[0], tied=case.endswith("tied"))
+    config = config_of(*CASES[IDS.index(case)], len(by_rank))
     shapes = {name: p.shape for name, p in whole_model(config).named_parameters()}
     whole = ("norm.weight", "norm.bias", "out.bias", "down.bias", "position_embedding.weight")
     split = sorted(name for name in shapes if not name.endswith(whole))
-    sizes = {name: shape.numel() // (len(by_rank) if name in split else 1) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        held = [seen[case]["real"][name] for seen in by_rank]
+        assert sum(held) == shape.numel() * (1 if name in split else len(by_rank)), name
+    rows = -(-config.model.vocab_size // len(by_rank)) * config.model.hidden_size
     for result in (seen[case] for seen in by_rank):
         assert result["split"] == split
-        assert result["held"] == sum(sizes.values())
+        kv = [n for n in split if n.split(".")[-2] in ("k", "v")]
+        vocabulary = [n for n in split if n in ("embedding.weight", "head.weight")]
+        copies = max(1, len(by_rank) // config.model.num_kv_heads)
+        rest = set(shapes) - set(vocabulary)
+        shares = {n: (copies if n in kv else 1) / (len(by_rank) if n in split else 1) for n in rest}
+        assert result["held"] == rows * len(vocabulary) + sum(shapes[n].numel() * share for n, share in shares.items())
 
 
 @pytest.mark.dist
@@ -114,8 +137,9 @@ def test_every_matrix_is_split_and_held_once(by_rank, case):
 def test_sequence_partial_marks_exactly_what_sees_a_slice(by_rank, case):
     """With sequence parallelism every whole parameter's own gradient is a part, which the sum over ranks completes."""
     result = by_rank[0][case]
-    whole = sorted(set(result["gradients"]) - set(result["split"]))
-    assert result["partial"] == (whole if "-sp" in case else [])
+    whole = set(result["gradients"]) - set(result["split"])
+    copied = {n for n in result["split"] if n.split(".")[-2] in ("k", "v")} if "odd" in case and len(by_rank) == 4 else set()
+    assert result["partial"] == sorted((whole if "-sp" in case else set()) | copied)
     if "-sp" in case:
         assert result["partial alone"] > 1e-2  # without the sum they would be wrong
 

@@ -15,8 +15,8 @@ import pytest
 from megalm.config.run import RunConfig
 from megalm.config.train import ClusterConfig, TrainConfig
 from megalm.errors import ConfigError, RunError
-from megalm.parallel import workers
-from megalm.parallel.workers import in_worker, make_folder, note_error, start_workers
+from megalm.parallel.forked import Fork
+from megalm.parallel.workers import Starter, in_worker, make_folder, note_error, start_process, start_workers
 
 WORKER = '''
 import os, signal, sys, time
@@ -73,16 +73,23 @@ def dummy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "path" / "dummy_run" / "worker.py").write_text(WORKER)
     inherited = os.environ.get("PYTHONPATH", "")
     root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(tmp_path / "path")  # a fork has its parent's path
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "path"), str(root), str(root / "kernels"), inherited]))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MEGALM_LAUNCHER", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
 
 
-def launch(tmp_path: Path, what: str, processes: int = 3, quiet: bool = True, **cluster) -> None:
+@pytest.fixture(params=[start_process, Fork(["torch"])], ids=["started", "forked"])
+def start(request: pytest.FixtureRequest) -> Starter:
+    """What the launcher promises does not depend on how it starts its workers."""
+    return request.param
+
+
+def launch(tmp_path: Path, what: str, processes: int = 3, quiet: bool = True, start: Starter = start_process, **cluster) -> None:
     config = RunConfig(
         train=TrainConfig(run_dir=str(tmp_path / "run")), cluster=ClusterConfig(num_processes=processes, device="cpu", **cluster)
     )
-    start_workers("dummy_run.worker", [what, str(tmp_path)], config, quiet)
+    start_workers("dummy_run.worker", [what, str(tmp_path)], config, quiet, start)
 
 
 def alive(tmp_path: Path) -> list[int]:
@@ -108,14 +115,14 @@ def test_all_ranks_run_and_write_their_logs(tmp_path, capfd):
     assert not (tmp_path / "run" / "logs" / "rank-0.log").exists()
 
 
-def test_quiet_sends_rank_0_to_its_log_too(tmp_path, capfd):
-    launch(tmp_path, "fine", processes=1)
+def test_quiet_sends_rank_0_to_its_log_too(tmp_path, start, capfd):
+    launch(tmp_path, "fine", start=start, processes=1)
     assert capfd.readouterr().out == "" and log_of(tmp_path, 0) == "hello from 0 of 1\n"
 
 
-def test_a_users_error_is_shown_as_it_is_with_its_exit_code(tmp_path):
+def test_a_users_error_is_shown_as_it_is_with_its_exit_code(tmp_path, start):
     with pytest.raises(RunError) as caught:
-        launch(tmp_path, "megalm")
+        launch(tmp_path, "megalm", start=start)
     assert str(caught.value) == (
         "data error on rank 1: 1 problem\n1. data.corpus = x.bin\n"
         "  rule:    must be whole\n  allowed: 1 byte\n  fix:     megalm prepare"
@@ -146,10 +153,10 @@ def test_the_cause_is_shown_not_its_echo(tmp_path):
     assert "connection closed" not in str(caught.value)
 
 
-def test_a_killed_worker_ends_all_within_seconds(tmp_path):
+def test_a_killed_worker_ends_all_within_seconds(tmp_path, start):
     begin = time.monotonic()
     with pytest.raises(RunError) as caught:
-        launch(tmp_path, "killed")
+        launch(tmp_path, "killed", start=start)
     assert time.monotonic() - begin < 15  # the others would sleep for 60
     assert caught.value.problems[0].key == "rank 1" and caught.value.problems[0].value == "killed by SIGKILL"
     assert alive(tmp_path) == []
@@ -160,33 +167,30 @@ def test_an_abort_after_a_noted_error_does_not_hide_it(tmp_path):
         launch(tmp_path, "abort")
 
 
-def test_a_worker_that_cannot_be_started_leaves_none_behind(tmp_path, monkeypatch):
-    start = workers._start
-
-    def fails_at_rank_2(command, environ, rank, log_dir, quiet):
-        if rank == 2:
+def test_a_worker_that_cannot_be_started_leaves_none_behind(tmp_path):
+    def fails_at_rank_2(module, arguments, environ, log_file):
+        if environ["RANK"] == "2":
             while len(list(tmp_path.glob("pid-*"))) < 2:
                 time.sleep(0.05)
             raise OSError("no more processes")
-        return start(command, environ, rank, log_dir, quiet)
+        return start_process(module, arguments, environ, log_file)
 
-    monkeypatch.setattr(workers, "_start", fails_at_rank_2)
     with pytest.raises(OSError, match="no more processes"):
-        launch(tmp_path, "hang")
+        launch(tmp_path, "hang", start=fails_at_rank_2)
     assert alive(tmp_path) == []
 
 
-def test_a_worker_that_hangs_and_ignores_sigterm_is_killed(tmp_path):
+def test_a_worker_that_hangs_and_ignores_sigterm_is_killed(tmp_path, start):
     begin = time.monotonic()
     with pytest.raises(RunError, match="data error on rank 1"):
-        launch(tmp_path, "deaf")
+        launch(tmp_path, "deaf", start=start)
     assert time.monotonic() - begin < 20
     assert len(list(tmp_path.glob("pid-*"))) == 3 and alive(tmp_path) == []
 
 
-def test_a_worker_that_leaves_no_note_shows_its_last_lines(tmp_path):
+def test_a_worker_that_leaves_no_note_shows_its_last_lines(tmp_path, start):
     with pytest.raises(RunError) as caught:
-        launch(tmp_path, "exit")
+        launch(tmp_path, "exit", start=start)
     problem = caught.value.problems[0]
     assert problem.value == "ended with exit code 9" and problem.rule.endswith("log: hello from 1 of 3 | last words")
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from megalm.config.parallel import ParallelConfig
 from megalm.parallel.engine import Tie
 from megalm.parallel.topology import Group, Topology, build_topology
-from megalm.parallel.zero import ModelParallelUnit, ZeroEngine, deepspeed_config, import_deepspeed
+from megalm.parallel.zero import ZeroEngine
+from megalm.parallel.zero_config import ModelParallelUnit, deepspeed_config, import_deepspeed
 from megalm.testing import run_distributed
 from tests.parallel.tiny import LR, Toy, adamw, toy_groups, toy_losses
 
@@ -59,7 +60,7 @@ def initialize(topology: Topology, stage: int, dtype: torch.dtype = FP32, model:
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     model = (model or Toy()).to(dtype)
-    config = copy.deepcopy(deepspeed_config(stage, dtype, 0.0))
+    config = copy.deepcopy(deepspeed_config(ParallelConfig(zero=stage), dtype, 0.0))
     config["zero_optimization"] |= changes.pop("zero", {})
     config = {key: value for key, value in {**config, **changes}.items() if value is not None}
     groups = [{"params": list(g.parameters.values()), "weight_decay": g.weight_decay} for g in toy_groups(model)]
@@ -224,7 +225,7 @@ def test_output_hooks_divide_the_incoming_gradient_by_the_accumulation_steps(see
 
 def build(topology: Topology, stage: int, dtype: torch.dtype = FP32, kind: type = ZeroEngine, **names: Any) -> Any:
     model = Toy().to(dtype)
-    engine = kind(nn.ModuleList([model]), toy_groups(model), adamw, topology, 0.0, stage, **names)
+    engine = kind(nn.ModuleList([model]), toy_groups(model), adamw, topology, 0.0, ParallelConfig(zero=stage), **names)
     engine.toy = model
     return engine
 

@@ -17,11 +17,11 @@ from megalm.objectives.language_modeling import causal_loss
 from megalm.optim.adam import build_optimizer
 from megalm.optim.groups import build_groups
 from megalm.parallel.engine import MOMENTS, WEIGHT, Engine, ParameterGroup
-from megalm.parallel.pipeline import PipelineExecutor
-from megalm.parallel.schedules import SCHEDULES
+from megalm.parallel.pipeline import PipelineExecutor, Spec
+from megalm.parallel.schedules import build_schedule
 from megalm.parallel.tensor_parallel import local_slice
 from megalm.parallel.topology import Group, Topology, build_topology
-from megalm.train.build import DTYPES, build_engine, build_stage
+from megalm.train.build import DTYPES, build_engine, build_place, build_queue, build_stage, share_tied
 
 SEQ_LENGTH, VOCAB = 8, 32
 LR = 1e-2
@@ -60,9 +60,10 @@ def samples(step: int, count: int) -> Tensor:
     return torch.randint(VOCAB, (count, SEQ_LENGTH + 1), generator=generator)
 
 
-def loss_of(model: nn.Module, tokens: Tensor, topology: Topology, divisor: float = 1.0) -> Tensor:
-    """Sum over the tokens / divisor. tokens (B, S + 1)."""
-    return causal_loss(model(tokens[:, :-1]), tokens[:, 1:], topology.tensor) / divisor
+def loss_of(model: nn.Module, tokens: Tensor, topology: Topology, config: RunConfig | None = None) -> Tensor:
+    """Sum over the tokens. tokens (B, S + 1)."""
+    vocab_size = config.model.vocab_size if config else VOCAB
+    return causal_loss(model(tokens[:, :-1]), tokens[:, 1:], topology.tensor, vocab_size)
 
 
 @dataclass
@@ -81,17 +82,18 @@ def train(config: RunConfig, topology: Topology | None = None, steps: int = 3) -
     """`steps` optimizer steps on the layout of `config`. Collective; `topology` is made from the config if not given."""
     topology = topology or build_topology(config.parallel, torch.device("cpu"))
     size, dtype = topology.pipeline.size, DTYPES[config.train.precision]
-    stages = size * config.parallel.chunks
-    chunks = nn.ModuleList(
-        build_stage(config, topology, chunk * size + topology.pipeline.rank, stages, dtype)
-        for chunk in range(config.parallel.chunks)
-    )
-    engine = build_engine(config, topology, chunks)
     microbatches = config.train.global_batch_size // topology.data.size
-    schedule = SCHEDULES[config.parallel.schedule](size, microbatches, config.parallel.chunks)
+    schedule = build_schedule(config.parallel.schedule, size, microbatches, config.parallel.chunks)
+    stages, queue = schedule.num_stages, build_queue(config, schedule)
+    mine = schedule.stages_of(topology.pipeline.rank)
+    place = build_place(config, topology, dtype)
+    chunks = nn.ModuleList(build_stage(config, topology, stage, stages, dtype, queue=queue, place=place) for stage in mine)
+    share_tied(chunks)
+    engine = build_engine(config, topology, chunks)
     split = topology.tensor.size if topology.sequence_parallel else 1
-    hidden_shape = (1, SEQ_LENGTH // split, config.model.hidden_size)
-    executor = PipelineExecutor(schedule, topology.pipeline, hidden_shape, dtype, topology.device)
+    hidden = Spec((1, SEQ_LENGTH // split, config.model.hidden_size), dtype)
+    executor = PipelineExecutor(schedule, topology.pipeline, lambda s, m: [hidden], topology.device, queue)
+    executor.before_backward, executor.after_backward = engine.before_backward, engine.after_backward
     trained, divisor = Trained([], [], engine), config.train.global_batch_size * SEQ_LENGTH
     for step in range(steps):
         batch = samples(step, config.train.global_batch_size).chunk(topology.data.size)[topology.data.rank]
@@ -99,10 +101,10 @@ def train(config: RunConfig, topology: Topology | None = None, steps: int = 3) -
 
         def forward(stage: int, microbatch: int, hidden: Tensor | None, batch=batch, losses=losses) -> Tensor:
             tokens = batch[microbatch : microbatch + 1]
-            y = chunks[stage // size](tokens[:, :-1] if hidden is None else hidden, torch.arange(SEQ_LENGTH))
+            y = chunks[mine.index(stage)](tokens[:, :-1] if hidden is None else hidden, torch.arange(SEQ_LENGTH))
             if stage < stages - 1:
                 return y
-            losses.append(causal_loss(y, tokens[:, 1:], topology.tensor) / divisor)
+            losses.append(causal_loss(y, tokens[:, 1:], topology.tensor, config.model.vocab_size) / divisor)
             return engine.scale_loss(losses[-1])
 
         with engine.accumulate():
@@ -165,7 +167,9 @@ def toy_step(engine: Engine, model: nn.Module, step: int) -> tuple[float, float]
     dtype = next(iter(engine.parameters.values())).dtype
     with engine.accumulate():
         for loss in toy_losses(model, step, dtype, data.rank, data.size):
+            engine.before_backward()
             engine.scale_loss(loss).backward()
+            engine.after_backward()
             total += loss.item()
     return total, engine.step(LR).item()
 

@@ -1,0 +1,86 @@
+"""Linear layers whose weight gradients may wait, and several linear layers of one input in one matrix product.
+
+    y = x W^T + b        dx = dy W        dW = dy^T x        db = sum dy
+
+`dW` needs neither the layers before nor after it, so it can be computed later: behind a collective, or where a pipeline
+rank would wait (Qi et al. 2023). The queue that collects such work is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class GradientQueue(Protocol):
+    """Where a backward may leave its weight gradients for later."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether to leave them."""
+        ...
+
+    def add(self, weights: Sequence[Tensor], x: Tensor, dy: Tensor) -> None:
+        """dW of the weights, joined along dim 0, is dy^T x. x (..., E), dy (..., F)."""
+        ...
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, queue: GradientQueue | None = None) -> Tensor:
+    """x W^T + b. x (..., E), weight (F, E), bias (F,) -> (..., F). With a queue, dW may be computed later."""
+    return F.linear(x, weight, bias) if queue is None else _Linears.apply(x, queue, False, weight, bias)[0]
+
+
+def linears(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], queue: GradientQueue | None = None
+) -> tuple[Tensor, ...]:
+    """Several layers of one input in one product: x (..., E), weights (F_i, E) -> one (..., F_i) each.
+
+    Weights that lie one behind the other in memory (the engines' flat buffers) are used in place, others are joined first.
+    """
+    return _Linears.apply(x, queue, True, *weights, *biases)
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """The parts one below the other (dim 0): without a copy where they lie so in memory already."""
+    first, numel = parts[0], 0
+    adjacent = True
+    for part in parts:
+        adjacent = adjacent and part.is_contiguous() and part.data_ptr() == first.data_ptr() + numel * first.element_size()
+        adjacent = adjacent and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        numel += part.numel()
+    if not adjacent:
+        return torch.cat(list(parts))
+    return first.detach().as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, queue: GradientQueue | None, many: bool, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        weights = parameters[: len(parameters) // 2]
+        biases = [bias for bias in parameters[len(weights) :] if bias is not None]
+        ctx.save_for_backward(x, *weights)
+        ctx.queue, ctx.has_bias = queue, bool(biases)
+        ctx.sizes = [weight.shape[0] for weight in weights if weight is not None]
+        y = F.linear(x, join(weights), join(biases) if biases else None)  # type: ignore[arg-type]
+        return y.split(ctx.sizes, -1) if many else (y,)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        dy = dys[0] if len(dys) == 1 else torch.cat(dys, -1)
+        dx = dy @ join(weights) if ctx.needs_input_grad[0] else None
+        none: list[Tensor | None] = [None] * len(weights)
+        dbs = list(dy.flatten(0, -2).sum(0).split(ctx.sizes)) if ctx.has_bias else none
+        if ctx.queue is not None and ctx.queue.holds:
+            ctx.queue.add(weights, x, dy)
+            return dx, None, None, *none, *dbs
+        return dx, None, None, *weight_gradient(x, dy).split(ctx.sizes), *dbs
+
+
+def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """dW = dy^T x, summed over all but the last dim. x (..., E), dy (..., F) -> (F, E)."""
+    return dy.flatten(0, -2).t() @ x.flatten(0, -2)
