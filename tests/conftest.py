@@ -1,4 +1,7 @@
-"""Tests that need a machine which is not here are skipped, and say why. Every process gets one CPU thread."""
+"""Tests that need a machine which is not here are skipped, and say why; those that take an hour wait to be asked for.
+
+Every process gets one CPU thread.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,11 @@ NEEDS = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "matrix" not in config.option.markexpr:
+        asked = [item for item in items if not item.get_closest_marker("matrix")]
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("matrix")])
+        items[:] = asked
     for marker, (is_there, reason) in NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and not is_there():

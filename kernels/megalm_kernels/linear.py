@@ -63,6 +63,7 @@ class _Linears(torch.autograd.Function):
         weights = parameters[: len(parameters) // 2]
         biases = [bias for bias in parameters[len(weights) :] if bias is not None]
         ctx.save_for_backward(x, *weights)
+        ctx.weights = weights  # a checkpoint gives back what was saved as other tensors, without the parameters' .grad
         ctx.queue, ctx.has_bias = queue, bool(biases)
         ctx.sizes = [weight.shape[0] for weight in weights if weight is not None]
         y = F.linear(x, join(weights), join(biases) if biases else None)  # type: ignore[arg-type]
@@ -76,7 +77,7 @@ class _Linears(torch.autograd.Function):
         none: list[Tensor | None] = [None] * len(weights)
         dbs = list(dy.flatten(0, -2).sum(0).split(ctx.sizes)) if ctx.has_bias else none
         if ctx.queue is not None and ctx.queue.holds:
-            ctx.queue.add(weights, x, dy)
+            ctx.queue.add(ctx.weights, x, dy)
             return dx, None, None, *none, *dbs
         return dx, None, None, *weight_gradient(x, dy).split(ctx.sizes), *dbs
 

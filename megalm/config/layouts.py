@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from megalm.config.parallel import SCHEDULES, ParallelConfig, layout_name, parse_layout
+from megalm.config.model import ModelConfig
+from megalm.config.parallel import ParallelConfig, layout_name, parse_layout
 from megalm.config.reader import read
 from megalm.config.run import RunConfig
 
@@ -30,6 +30,13 @@ def with_layout(config: C, name: str) -> C:
     return dataclasses.replace(config, parallel=parallel, cluster=cluster)
 
 
+def with_model(config: C, architecture: str) -> C:
+    """A copy of the run with another architecture; gpt ties its embeddings, as GPT-2 does. What follows is derived anew."""
+    values = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(ModelConfig)}
+    values |= dict.fromkeys(config.model.derived, 0) | {"architecture": architecture, "tie_embeddings": architecture == "gpt"}
+    return dataclasses.replace(config, model=ModelConfig(**values))
+
+
 def layout_node(name: str) -> dict[str, Any]:
     """The layout as a config node. The world size is set only where the name says how many copies run (`dp2`)."""
     values, copies = parse_layout(name)
@@ -42,78 +49,74 @@ def layout_node(name: str) -> dict[str, Any]:
 
 # --- all layouts ------------------------------------------------------------------------------------------------------
 
-_ZERO = (
+_SCHEDULES: tuple[dict[str, Any], ...] = (
+    {"schedule": "1f1b"}, {"schedule": "gpipe"}, {"schedule": "gpipe", "chunks": 2}, {"schedule": "interleaved", "chunks": 2},
+    {"schedule": "interleaved", "chunks": 4}, {"schedule": "bfs", "chunks": 2}, {"schedule": "zbh1"},
+    {"schedule": "zbv", "chunks": 2}, {"schedule": "dualpipev", "chunks": 2},
+)  # fmt: skip
+_ZERO: tuple[dict[str, Any], ...] = (
     {"zero": 0}, {"zero": 1}, {"zero": 2}, {"zero": 3}, {"zero": 2, "zero_reduce": "microbatch"},
     {"zero": 3, "zero_reduce": "microbatch"},
 )  # fmt: skip
-_CHUNKS = (1, 2, 4)
+_SAMPLE_RANKS = 4  # an axis of a sample's layout is no longer
 
 
 def candidate_layouts(max_ranks: int) -> list[str]:
-    """Names of layouts of up to `max_ranks` ranks, most of them legal for some model; the rules decide (config/validate.py).
+    """Names of layouts of up to `max_ranks` ranks, few first; the rules decide which are legal (config/validate.py).
 
-    Every size of an axis is a power of two. The full product of all axes has thousands of layouts that differ in nothing
-    new, so three families stand for it:
+    Sizes are powers of two. The full product of all axes has thousands of layouts that join nothing new, so these stand
+    for it:
 
-    1. every grid tp x sp x pp x dp with 1f1b and zero=0;
-    2. every grid with pp > 1 with every schedule and number of chunks, and every grid with dp > 1 with every ZeRO (that of
-       one rank too), but not both on one grid;
-    3. every schedule with every ZeRO, on pp2_dp2.
+    1. every grid tp x sp x pp x dp, with 1f1b and without ZeRO;
+    2. every grid with stages, with every schedule; every grid with copies, with every ZeRO. Where the tensors are split,
+       sequence parallelism is on, which adds to what is exchanged and takes nothing away;
+    3. every schedule with every ZeRO, on pp2_dp2;
+    4. ZeRO on one rank.
     """
-    grids = [
-        (tensor, sequence, pipeline, data)
-        for tensor, pipeline, data in itertools.product(_powers(max_ranks), repeat=3)
-        for sequence in (False, True)
-        if 1 < tensor * pipeline * data <= max_ranks and not (sequence and tensor == 1)
-    ]
-    names = dict.fromkeys(_name(grid, {}, {}) for grid in grids)
-    for grid in grids:
-        names |= dict.fromkeys(_name(grid, schedule, {}) for schedule in _schedules() if grid[2] > 1)
-        names |= dict.fromkeys(_name(grid, {}, zero) for zero in _ZERO if grid[3] > 1)
-    both = itertools.product(_schedules(), _ZERO) if max_ranks >= 4 else ()
-    names |= dict.fromkeys(_name((1, False, 2, 2), schedule, zero) for schedule, zero in both)
-    names |= dict.fromkeys(f"zero{stage}" for stage in (1, 2, 3))
-    return sorted(names, key=lambda name: (_ranks(name), list(names).index(name)))
+    sizes = [2**n for n in range(max_ranks.bit_length())]
+    grids = [grid for grid in itertools.product(sizes, repeat=3) if 1 < math.prod(grid) <= max_ranks]
+    names = [_name(tensor, sequence, *rest) for tensor, *rest in grids for sequence in {False, tensor > 1}]
+    for tensor, pipeline, data in grids:
+        grid = tensor, tensor > 1, pipeline, data
+        names += [_name(*grid, **schedule) for schedule in _SCHEDULES if pipeline > 1]
+        names += [_name(*grid, **zero) for zero in _ZERO if data > 1]
+    if max_ranks >= 4:
+        names += [_name(1, False, 2, 2, **both[0], **both[1]) for both in itertools.product(_SCHEDULES, _ZERO)]
+    names += ["zero1", "zero2", "zero3"]
+    return sorted(dict.fromkeys(names), key=_ranks)
 
 
 def sample_layouts(legal: Sequence[str]) -> list[str]:
-    """A few of the legal layouts that together show every value of every axis, each pair of axes, and every schedule.
+    """A few of the legal layouts that together show every value of every axis, every pair of axes, and every schedule.
 
-    The layout that shows most that is new comes first; of equals the one with the fewest ranks, then the first.
+    They are chosen one by one: the one that shows most that is new per rank, of equals the smallest, then the first.
     """
-    wanted = {name: _traits(name) for name in legal}
+    traits = {name: _traits(name) for name in legal}
     chosen, seen = list[str](), set[str]()
-    while new := {name: traits - seen for name, traits in wanted.items() if traits - seen}:
-        best = min(new, key=lambda name: (-len(new[name]) / _ranks(name), _ranks(name)))
+    while new := {name: len(shown - seen) for name, shown in traits.items() if shown - seen}:
+        best = min(new, key=lambda name: (-new[name] / _ranks(name), _ranks(name)))
         chosen.append(best)
-        seen |= wanted[best]
+        seen |= traits[best]
     return [name for name in legal if name in chosen]
 
 
-def _powers(limit: int) -> list[int]:
-    return [2**n for n in range(limit.bit_length()) if 2**n <= limit]
-
-
-def _schedules() -> Iterator[dict[str, Any]]:
-    for schedule in SCHEDULES:
-        if schedule != "csv":  # a file of the user's
-            yield from ({"schedule": schedule, "chunks": chunks} for chunks in _CHUNKS)
-
-
-def _name(grid: tuple[int, bool, int, int], schedule: dict[str, Any], zero: dict[str, Any]) -> str:
-    tensor, sequence, pipeline, data = grid
-    parallel = ParallelConfig(tensor, sequence, pipeline, **schedule, **zero)
-    return layout_name(parallel, data)
+def _name(tensor: int, sequence: bool, pipeline: int, data: int, **more: Any) -> str:
+    return layout_name(ParallelConfig(tensor, sequence, pipeline, **more), data)
 
 
 def _ranks(name: str) -> int:
     values, data = parse_layout(name)
-    return math.prod([values.get("tensor_parallel", 1), values.get("pipeline_parallel", 1), data])  # type: ignore[list-item]
+    parallel, _ = read(ParallelConfig, values)
+    return parallel.model_parallel * data
 
 
 def _traits(name: str) -> set[str]:
-    """What a layout shows: the parts of its name, and which two axes it joins."""
-    parts = name.split("_")
-    axes = sorted({re.sub(r"\d", "", part) for part in parts} & {"tp", "sp", "pp", "dp", "zero"})
-    with_ranks = [part for part in parts if part != "microbatch"] + ["_".join(parts[-2:])] * ("microbatch" in parts)
-    return {*with_ranks, *("+".join(pair) for pair in itertools.combinations(axes, 2))}
+    """What a layout shows: its sizes, schedule and ZeRO, and which axes it joins."""
+    values, data = parse_layout(name)
+    parallel, _ = read(ParallelConfig, values)
+    sizes = {"tp": parallel.tensor_parallel, "pp": parallel.pipeline_parallel, "dp": data, "zero": parallel.zero}
+    axes = [axis for axis, size in sizes.items() if size > (axis != "zero")] + ["sp"] * parallel.sequence_parallel
+    shown = {f"{axis}{size}" for axis, size in sizes.items() if axis in axes and size <= _SAMPLE_RANKS}
+    shown |= {"+".join(pair) for pair in itertools.combinations(axes, 2)}
+    shown |= {"tp+pp+dp"} & {"+".join(axis for axis in ("tp", "pp", "dp") if axis in axes)}
+    return {*shown, f"{parallel.schedule} x {parallel.chunks}", f"zero{parallel.zero} {parallel.zero_reduce}"}

@@ -43,14 +43,18 @@ class ParityConfig:
     """Prove that layouts compute what one rank computes."""
 
     layouts: list[str] = knob(
-        ["tp2", "pp2", "dp2_zero0", "tp2_pp2"], "short names of the layouts to compare with one rank"
+        ["tp2", "pp2", "dp2_zero0", "tp2_pp2"],
+        "short names of the layouts to compare with one rank; all: those that the rules allow on up to 8 ranks (all4: on up "
+        "to 4), sample: a few that show every axis and schedule",
     )
+    models: list[str] = knob([], "architectures: llama, gpt (with tied embeddings); empty: that of model.*")
     steps: int = knob(20, "optimizer steps to compare", minimum=1)
     loss_tolerance: float = knob(1e-5, "largest difference of the loss", above=0.0)
     norm_tolerance: float = knob(1e-5, "largest relative difference of the gradient norm", above=0.0)
     weight_tolerance: float = knob(1e-4, "largest difference of a final weight", above=0.0)
     work_dir: str = knob("runs/parity", "folder for the runs")
     keep: bool = knob(False, "keep the runs' folders")
+    report: str = knob("", "write the table to FILE.html or FILE.md, or to both, joined by a comma")
 
 
 @dataclass

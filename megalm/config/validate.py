@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 from megalm.config import fields, schedule_rules, stage_split
 from megalm.config.fixes import Change, Rule, broken, cures, divisors, multiples, plan, value_of, with_value
-from megalm.config.layouts import with_layout
+from megalm.config.layouts import candidate_layouts, sample_layouts, with_layout, with_model
 from megalm.config.machine import count_gpus, data_parallel, launched_processes, processes, uses_cuda
+from megalm.config.model import ARCHITECTURES
 from megalm.config.run import ParityRun, RunConfig
 from megalm.config.stage_split import explicit_split
 from megalm.config.tasks import PipelineRun
@@ -134,6 +136,8 @@ def _warmup_changes(c: RunConfig) -> list[Change]:
 
 
 _SHARES = ("data.split", "0.98,0.02,0")
+_WORD = re.compile(r"(all|sample)(\d*)")  # in parity.layouts
+_ALL_RANKS = 8
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -261,6 +265,7 @@ RULES: tuple[Rule, ...] = (
         lambda c: not c.train.trace or c.train.trace_step <= c.train.steps,
         lambda c: [("train.trace_step", c.train.steps), ("train.steps", c.train.trace_step)],
     ),
+    _at_most("ledger_reached", "train.ledger_step", "train.steps"),
     _at_most("lr_order", "optim.min_lr", "optim.lr"),
     Rule(
         "warmup_ends",
@@ -327,15 +332,50 @@ def _shown(config: RunConfig, key: str) -> object:
 
 def _validate_layouts(config: ParityRun) -> list[Problem]:
     """Parity runs one config on many layouts: the rules for one rank first, then (with their cures) each layout's."""
-    sections = {field.name: getattr(config, field.name) for field, _ in fields.fields_of(RunConfig)}
-    single = with_layout(RunConfig(**sections), "single")
-    problems = validate(single)
-    for cure in plan(RULES, single).values():
-        single = with_value(single, *cure)
-    faults = {name: _layout_fault(single, name) for name in config.parity.layouts}
-    good = [name for name, fault in faults.items() if not fault] or ["single"]
+    models = [model for model in config.parity.models if model in ARCHITECTURES] or [config.model.architecture]
+    problems, faults = _parity_problems(config), dict[str, str]()
+    for model in models:
+        single = _one_rank(with_model(config, model) if config.parity.models else config)
+        problems += [problem for problem in validate(single) if problem not in problems]
+        for cure in plan(RULES, single).values():
+            single = with_value(single, *cure)
+        names = [name for name in config.parity.layouts if not _WORD.fullmatch(name)]
+        faults |= {name: fault for name in names if (fault := _layout_fault(single, name))}
+    good = [name for name in config.parity.layouts if name not in faults] or ["single"]
     fix = fields.assign("parity.layouts", good)
-    return problems + [Problem("parity.layouts", name, fault, fix=fix) for name, fault in faults.items() if fault]
+    return problems + [Problem("parity.layouts", name, fault, fix=fix) for name, fault in faults.items()]
+
+
+def expand_layouts(config: ParityRun) -> list[str]:
+    """The layouts of a parity run, with `all`, `all4` and `sample` replaced by what the rules allow for its model."""
+    single, names = _one_rank(config), list[str]()
+    for name in config.parity.layouts:
+        word = _WORD.fullmatch(name)
+        if word is None:
+            names.append(name)
+            continue
+        legal = [n for n in candidate_layouts(int(word[2] or _ALL_RANKS)) if not _layout_fault(single, n)]
+        names += legal if word[1] == "all" else sample_layouts(legal)
+    return list(dict.fromkeys(names))
+
+
+def _one_rank(config: ParityRun) -> RunConfig:
+    sections = {field.name: getattr(config, field.name) for field, _ in fields.fields_of(RunConfig)}
+    return with_layout(RunConfig(**sections), "single")
+
+
+def _parity_problems(config: ParityRun) -> list[Problem]:
+    """What is wrong with the section itself."""
+    problems = []
+    if unknown := [model for model in config.parity.models if model not in ARCHITECTURES]:
+        fix = fields.assign("parity.models", [model for model in config.parity.models if model in ARCHITECTURES])
+        rule = "no such architecture"
+        problems.append(Problem("parity.models", unknown[0], rule, ", ".join(ARCHITECTURES), fix))
+    files = config.parity.report.split(",") if config.parity.report else []
+    if any(not file.strip().endswith((".html", ".md")) for file in files):
+        rule = "a report is FILE.html or FILE.md, or both, joined by a comma"
+        problems.append(Problem("parity.report", config.parity.report, rule, "", fields.assign("parity.report", "parity.html")))
+    return problems
 
 
 def _layout_fault(single: RunConfig, name: str) -> str:

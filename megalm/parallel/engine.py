@@ -86,6 +86,11 @@ class Engine(ABC):
         """What to back-propagate in place of the loss."""
 
     @abstractmethod
+    def gradient(self, name: str) -> Tensor:
+        """Reduced gradient of this rank's slice, fp32, without the loss scale. Between `accumulate` and `step`; collective
+        over data parallel."""
+
+    @abstractmethod
     def read(self, name: str, kind: str) -> Tensor:
         """fp32 master weight (`weight`) or moment of this rank's tensor parallel slice. Collective over data parallel."""
 
@@ -223,6 +228,10 @@ class PlainEngine(Engine):
             finite = torch.stack(list(norms.values())).isfinite().all()
             squares = torch.where(finite, squares, torch.inf)
         return all_reduce(squares.to(self.topology.device), self.topology.model).sqrt().float()
+
+    def gradient(self, name: str) -> Tensor:
+        views = self.gradients if self.reduced is self.flat_gradients else self._views(self.reduced)
+        return views[name] / (1.0 if self.loss_scale is None else self.loss_scale.scale)
 
     def read(self, name: str, kind: str) -> Tensor:
         return self.weights[name].detach() if kind == WEIGHT else self._moments(kind)[name]

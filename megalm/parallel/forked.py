@@ -9,13 +9,14 @@ that a fork would lose. CUDA does not survive a fork: runs on GPUs start their r
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,7 +27,8 @@ class ForkedWorker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(preload))  # heeded at the first fork that this process asks for
         self.process = context.Process(target=run)
-        self.process.start()
+        with _without_main():
+            self.process.start()
 
     def poll(self) -> int | None:
         return self.process.exitcode
@@ -44,13 +46,24 @@ class ForkedWorker:
         self.process.kill()
 
 
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """multiprocessing would import the launcher's main module again in every fork, which here has one of its own."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 class Fork:
     """Starts workers by fork (see `workers.Starter`).
 
-    `preload`: modules that the server imports once. `first`: modules that every fork imports before it runs.
+    `preload`: modules that the server imports once. `first`: what every fork calls before it runs.
     """
 
-    def __init__(self, preload: Sequence[str], first: Sequence[str] = ()):
+    def __init__(self, preload: Sequence[str], first: Sequence[Callable[[], None]] = ()):
         self.preload, self.first = preload, tuple(first)
 
     def __call__(self, module: str, arguments: Sequence[str], environ: dict[str, str], log_file: Path | None) -> ForkedWorker:
@@ -61,7 +74,7 @@ class _Run:
     """In the fork: what `python -m module arguments...` does. A class, because the fork server gets it pickled."""
 
     def __init__(
-        self, module: str, arguments: list[str], environ: dict[str, str], log_file: Path | None, first: tuple[str, ...]
+        self, module: str, arguments: list[str], environ: dict[str, str], log_file: Path | None, first: tuple[Callable[[], None], ...]
     ):
         self.module, self.arguments, self.environ, self.log_file, self.first = module, arguments, environ, log_file, first
 
@@ -76,6 +89,6 @@ class _Run:
         sys.argv = [self.module, *self.arguments]
         if "torch" in sys.modules:  # it has read OMP_NUM_THREADS already, when the server imported it
             sys.modules["torch"].set_num_threads(int(self.environ["OMP_NUM_THREADS"]))
-        for name in self.first:
-            importlib.import_module(name)
+        for prepare in self.first:
+            prepare()
         runpy.run_module(self.module, run_name="__main__", alter_sys=True)

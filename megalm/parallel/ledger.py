@@ -11,7 +11,6 @@ whole tensor in all-reduce, all-gather and reduce-scatter. What crosses the wire
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch

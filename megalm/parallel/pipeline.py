@@ -81,7 +81,7 @@ class PipelineExecutor:
         """Run all actions; gradients are left on the parameters. Returns the last stage's outputs in order of microbatch."""
         self._compute = forward
         self._inputs: dict[tuple[int, int], list[Tensor]] = {}
-        self._roots: dict[tuple[int, int], list[GradientEdge]] = {}
+        self._roots: dict[tuple[int, int], list[GradientEdge | None]] = {}
         self._waiting: dict[tuple[int, int], Waiting] = {}
         self._ready: dict[Transfer, list[Tensor]] = {}  # computed here, to be sent or used by another chunk of this rank
         self._received: dict[Transfer, _Pending] = {}
@@ -113,15 +113,19 @@ class PipelineExecutor:
             self._ready[handed_on] = [x.detach() for x in outputs]
         if keeps:  # the graph's ends, not the outputs: those are the next stage's, and free once they are sent
             self._inputs[action.stage, action.microbatch] = hidden
-            self._roots[action.stage, action.microbatch] = [get_gradient_edge(x) for x in outputs if x.requires_grad]
+            floating = [x for x in outputs if x.is_floating_point()]
+            self._roots[action.stage, action.microbatch] = [get_gradient_edge(x) if x.requires_grad else None for x in floating]
 
     def _backward(self, action: Action) -> None:
         key = action.stage, action.microbatch
         roots, hidden = self._roots.pop(key), self._inputs.pop(key)
-        last = self.schedule.output_of(Action(FORWARD, *key)) is None
-        gradients = None if last else self._take_input(action)
+        incoming: list[Tensor | None] = [None]  # of the loss
+        if self.schedule.input_of(action) is not None:
+            incoming = [*self._take_input(action)]
+        pairs = [(root, gradient) for root, gradient in zip(roots, incoming, strict=True) if root is not None]
         self.before_backward()
-        torch.autograd.backward(roots, gradients)
+        if pairs:
+            torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
         self.weight_gradients.run_behind_collective()
         self.after_backward()
         handed_on = self.schedule.output_of(action)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import _create_work_from_future
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
@@ -35,12 +36,12 @@ PRODUCTS = frozenset(getattr(torch.ops.aten, name).default for name in _PRODUCTS
 _COPIES = frozenset((torch.ops.aten.clone.default, torch.ops.aten.stack.default, torch.ops.aten.cat.default))
 
 
-def apply_recompute(model: nn.Module, mode: str, every: int, group: Group, early_stop: bool = True) -> None:
+def apply_recompute(model: nn.Module, mode: str, every: int, group: Group) -> None:
     """Recompute every n-th block of `model.layers`, by their numbers in the whole model.
 
-    group: whose collectives selective keeps; those of others (ZeRO-3 gathers weights) run again.
-    early_stop: a block's second forward ends where nothing is missing any more. ZeRO-3 cannot have that: it releases a
-    module's weights when the module's forward returns.
+    group: whose collectives selective keeps; those of others (ZeRO-3 gathers weights) run again. A block's second forward
+    stops where nothing is missing any more: inside the layer whose backward asked for it, so ZeRO-3, which releases a
+    layer's weights when its forward returns, leaves that one's for the backward.
     """
     if mode == "none":
         return
@@ -48,9 +49,8 @@ def apply_recompute(model: nn.Module, mode: str, every: int, group: Group, early
     for name, block in blocks.items():
         if int(name) % every == 0:
             extra = {"context_fn": _Selection(group)} if mode == "selective" else {}
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, early_stop=early_stop, **extra
-            )  # no random state: dropout's masks are a function of positions (models/dropout.py)
+            # Without random state: dropout's masks are a function of seed and place (models/dropout.py).
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **extra)
 
 
 class _Selection:
@@ -69,7 +69,7 @@ class _Selection:
         return self.read is None or (index < len(self.read) and self.read[index])
 
     def is_collective(self, operation: Any, args: Any) -> bool:
-        """Whether it is one of the group's. It writes into its first argument, and returns that and a work to wait for."""
+        """Whether it is one of the group's: it writes into its first argument, and returns that and a work to wait for."""
         if operation.namespace != "c10d":
             return False
         handle = next(x for x in args if isinstance(x, torch.ScriptObject))
@@ -80,17 +80,19 @@ class _Keep(TorchDispatchMode):
     def __init__(self, selection: _Selection, results: list[Any]):
         super().__init__()
         self.selection, self.results = selection, results
-        self.addresses: set[int] = set()
+        self.products: set[int] = set()  # where those that are kept lie
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
-        if operation in PRODUCTS or self.selection.is_collective(operation, args):
+        collective = self.selection.is_collective(operation, args)
+        if collective or operation in PRODUCTS:
             wanted = self.selection.wants(len(self.results))
-            keep = Tensor.detach if wanted else _unread
-            self.results.append(tree_map(lambda x: keep(x) if isinstance(x, Tensor) else x, result))
-            self.addresses |= {_address(x) for x in tree_leaves(result)} if wanted else set()
+            kept = args[0] if collective else result
+            self.results.append(tree_map(partial(_keep, wanted), kept))
+            if wanted and not collective:
+                self.products |= {_address(x) for x in tree_leaves(result)}
         elif operation._schema.is_mutable:
-            assert _address(args[0]) not in self.addresses, f"{operation} changes a result that is kept for the backward"
+            assert _address(args[0]) not in self.products, f"{operation} changes a result that is kept for the backward"
         return result
 
 
@@ -111,9 +113,9 @@ class _Give(TorchDispatchMode):
         result = tree_map(lambda x: x() if isinstance(x, partial) else x, result)
         self.next += 1
         if collective:
-            for target, value in zip(tree_leaves(args[0]), tree_leaves(result[0]), strict=True):
+            for target, value in zip(tree_leaves(args[0]), tree_leaves(result), strict=True):
                 target.copy_(value)
-            result = args[0], result[1]
+            result = args[0], _finished_work()
         if self.watch is not None:
             self.watch.see_kept(result, () if collective else args)
         return result
@@ -165,6 +167,15 @@ def _address(x: Any) -> int:
     return x.untyped_storage().data_ptr() if isinstance(x, Tensor) else 0
 
 
-def _unread(x: Tensor) -> Any:
-    """What makes a tensor like x that nobody must read: it says so in every number that is computed from it."""
-    return partial(torch.full, x.shape, torch.nan, dtype=x.dtype, device=x.device)
+def _keep(wanted: bool, x: Any) -> Any:
+    """What to keep of x. Of an unwanted tensor: what makes one like it, which marks every number computed from it."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.detach() if wanted else partial(torch.full, x.shape, torch.nan, dtype=x.dtype, device=x.device)
+
+
+def _finished_work() -> Any:
+    """Not the collective's own work: that one holds on to its inputs, and gloo's writes its output again when waited for."""
+    future: torch.futures.Future = torch.futures.Future()
+    future.set_result(None)
+    return _create_work_from_future(future).boxed()

@@ -84,7 +84,7 @@ def _text_row(
         cells[first:last] = f"{letter}{microbatch}".ljust(room)[:room] if numbered else letter * room
         styles[first:last] = [_ANSI[kind][later]] * room
     if not colour:
-        return "".join(cells).rstrip()
+        return "".join(cells)
     parts = [cells[0] if not styles[0] else f"\x1b[{styles[0]}m{cells[0]}"] if cells else []
     for before, style, cell in zip(styles, styles[1:], cells[1:], strict=False):
         change = "" if style == before else ("\x1b[0m" + (f"\x1b[{style}m" if style else ""))

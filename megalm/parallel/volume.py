@@ -35,9 +35,9 @@ Volume = dict[tuple[str, str], Count]
 def add_up(calls: Iterable[Call]) -> Volume:
     """Sum calls of the same group and operation; what was not called is left out."""
     volume: Volume = {}
-    for group, operation, count, size in calls:
+    for group, operation, times, size in calls:
         so_far = volume.get((group, operation), Count(0, 0))
-        volume[group, operation] = Count(so_far.calls + count, so_far.bytes + count * size)
+        volume[group, operation] = Count(so_far.calls + times, so_far.bytes + times * size)
     return {key: count for key, count in sorted(volume.items()) if count.calls}
 
 
@@ -63,9 +63,11 @@ def group_sizes(config: RunConfig, schedule: Schedule) -> dict[str, int]:
 
 
 def is_covered(config: RunConfig) -> bool:
-    """Whether there are formulae: not for ZeRO with offload, hierarchical partition or quantised communication."""
+    """Whether there are formulae: not for ZeRO with offload, hierarchical partition or quantised communication, nor for what
+    ZeRO-3 gathers while it recomputes."""
     parallel = config.parallel
-    return parallel.zero_offload == "none" and not parallel.zero_node_size and not parallel.zero_quantized
+    plain = parallel.zero_offload == "none" and not parallel.zero_node_size and not parallel.zero_quantized
+    return plain and (parallel.zero < 3 or config.train.recompute == "none")
 
 
 def predict(config: RunConfig, schedule: Schedule, rank: int, parts: Mapping[int, Sequence[Part]]) -> Volume:
@@ -94,15 +96,27 @@ def _tensor(config: RunConfig, parts: Mapping[int, Sequence[Part]]) -> Iterator[
         paths = [part.path for part in held]
         f = sum(path.endswith("norm") for path in dict.fromkeys(paths))
         g = sum(path.endswith((".out", ".down")) for path in dict.fromkeys(paths)) + ("embedding" in paths)
+        f_again, g_again = _forward_again(config, paths)
         if config.parallel.sequence_parallel:
-            yield Call("tensor", "all_gather", count * (f + g), size)
-            yield Call("tensor", "reduce_scatter", count * (f + g), size)
+            yield Call("tensor", "all_gather", count * (f + g + f_again), size)
+            yield Call("tensor", "reduce_scatter", count * (f + g + g_again), size)
         else:
-            yield Call("tensor", "all_reduce", count * (f + g), size)
+            yield Call("tensor", "all_reduce", count * (f + g + g_again), size)
         if "norm" in paths:
             tokens = config.train.micro_batch_size * config.data.seq_length
             yield Call("tensor", "all_reduce", count, tokens * 4)
             yield Call("tensor", "all_reduce", count, 2 * tokens * 4)
+
+
+def _forward_again(config: RunConfig, paths: Sequence[str]) -> tuple[int, int]:
+    """f and g in the forwards that the backward repeats. Selective recomputation keeps what collectives gave.
+
+    The second forward ends with the last thing that the backward needs: without dropout that lies in front of a block's last g.
+    """
+    train = config.train
+    layers = {int(path.split(".")[1]) for path in paths if path.startswith("layers.")}
+    again = sum(layer % train.recompute_every == 0 for layer in layers) if train.recompute == "full" else 0
+    return 2 * again, (2 if config.model.dropout else 1) * again
 
 
 def _pipeline(config: RunConfig, schedule: Schedule, rank: int) -> Iterator[Call]:

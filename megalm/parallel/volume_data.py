@@ -13,6 +13,7 @@ from megalm.parallel.actions import FORWARD, WEIGHT, Schedule
 from megalm.parallel.memory import BUCKET_ELEMENTS
 from megalm.parallel.volume_parts import ITEM_BYTES, Call, Part
 
+FLAT_BUCKET_ELEMENTS = 500_000_000  # of DeepSpeed's bf16 optimizer
 ALIGNMENT = 2  # DeepSpeed pads a flat group to a multiple of this x the copies
 _TAKE_TOKENS = ("embedding", "position_embedding")  # modules whose input is numbers
 
@@ -28,9 +29,13 @@ def data_parallel_calls(
         yield from (Call("data", "all_reduce", 1, sum(p.numel for p in group) * 4) for group in groups)
         yield Call("model", "all_reduce", 1, 8)  # fp64
         return
-    backwards = [parts[s] for s in _backwards(schedule, rank)] if in_backward else [[p for g in groups for p in g]]
-    for reduced in backwards:
-        yield from _reductions(reduced, config, min(BUCKET_ELEMENTS, sum(p.numel for p in held)))
+    if is_flat_bf16(config):
+        yield from _flat_reductions(groups, config)
+    else:  # in the backward gradients come from the last layer to the first
+        whole = [part for group in groups for part in group]
+        reduced = [parts[s][::-1] for s in _backwards(schedule, rank)] if in_backward else [whole]
+        limit = min(BUCKET_ELEMENTS, sum(p.numel for p in held))
+        yield from (call for gradients in reduced for call in _reductions(gradients, config, limit))
     yield from _overflow(config)
     yield from _norm(config, len(groups))
     if stage == 3:
@@ -68,6 +73,21 @@ def _reductions(parts: Sequence[Part], config: RunConfig, limit: int) -> Iterato
         bucket += part.numel
         numel += _padded(part, copies) if scatters else part.numel
     yield Call("data", operation, 1, numel * 4)
+
+
+def _flat_reductions(groups: Sequence[Sequence[Part]], config: RunConfig) -> Iterator[Call]:
+    """bf16 ZeRO-1 sends its flat groups as they are, padding included, in fp32; a call ends once it has enough."""
+    numel = 0
+    for group in groups:
+        sizes = [part.numel for part in group]
+        sizes[-1] += _aligned(group, config) - sum(sizes)
+        for size in sizes:
+            numel += size
+            if numel > FLAT_BUCKET_ELEMENTS:
+                yield Call("data", "all_reduce", 1, numel * 4)
+                numel = 0
+    if numel:
+        yield Call("data", "all_reduce", 1, numel * 4)
 
 
 def _padded(part: Part, copies: int) -> int:

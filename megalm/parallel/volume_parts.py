@@ -13,11 +13,11 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 class Call(NamedTuple):
-    """`count` collectives of `size` bytes each."""
+    """`times` collectives of `size` bytes each."""
 
     group: str
     operation: str
-    count: int
+    times: int
     size: int
 
 

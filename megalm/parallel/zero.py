@@ -112,6 +112,15 @@ class ZeroEngine(Engine):
             return original(once, parameters, norm_type)
 
         self.optimizer.get_grad_norm_direct = norm
+        offloaded = self.optimizer.complete_grad_norm_calculation_for_cpu_offload
+
+        def norm_of_offloaded(parameters: list[Any]) -> Any:
+            for parameter in parameters:
+                if getattr(parameter, "ds_pipe_replicated", False):
+                    self.optimizer.norm_for_param_grads[self.optimizer.get_param_id(parameter)] = 0.0
+            return offloaded(parameters)
+
+        self.optimizer.complete_grad_norm_calculation_for_cpu_offload = norm_of_offloaded
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -146,6 +155,12 @@ class ZeroEngine(Engine):
         """
         if self.loss_scale is not None:
             self.optimizer.override_loss_scale(self.loss_scale.scale / self.topology.data.size)
+
+    def gradient(self, name: str) -> Tensor:
+        parameter: Any = self.parameters[name]
+        whole = self.optimizer.get_fp32_grad_for_param(parameter) if self.stage == 3 else parameter.get_full_hp_grad()
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale / self.topology.data.size
+        return whole.float().view(self.shapes[name]) / scale
 
     def read(self, name: str, kind: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

@@ -126,7 +126,7 @@ def build_stage(
     apply_tensor_parallel(model, PLANS[config.model.architecture], topology, queue)
     model.tie()
     apply_initial_weights(model, config, dtype, topology.device, draw, place)
-    apply_recompute(model, config.train.recompute, config.train.recompute_every, topology.tensor, config.parallel.zero < 3)
+    apply_recompute(model, config.train.recompute, config.train.recompute_every, topology.tensor)
     for module in model.modules():
         if isinstance(module, Dropout):
             module.seed = config.train.seed

@@ -73,7 +73,7 @@ def _report(trainer: Trainer, volume: Volume) -> None:
     for line in table(busiest["rows"]):
         log(line)
     equal = sum(all(row["equal"] for row in r["rows"]) for r in gathered)
-    verdict = f"equal to the formulae on {equal} of {len(gathered)} ranks" if expected is not None else "no formula for this layout"
+    verdict = "no formula for this layout" if expected is None else f"equal to the formulae on {equal} of {len(gathered)} ranks"
     log(f"{verdict}; all ranks: {path}")
 
 

@@ -1,102 +1,97 @@
 """`megalm parity`: run the same training on one rank and on other layouts, and prove that they compute the same.
 
 Every layout is an ordinary `megalm pretrain` in processes of its own. What is compared comes from what such a run leaves
-behind: the checkpoint before the first step, the losses and gradient norms in metrics.jsonl, and the last checkpoint.
+behind: the checkpoint before the first step, the losses and gradient norms in metrics.jsonl, and the last checkpoint. If a
+layout differs, it and one rank run again with `train.record`, and the first module that differs is named.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import yaml
-from torch import Tensor
 
-from megalm.checkpoint.reshard import read_whole
-from megalm.checkpoint.sharded import Manifest, read_manifest
-from megalm.config.layouts import with_layout
-from megalm.config.machine import processes
+from megalm.config.layouts import with_layout, with_model
+from megalm.config.machine import processes, uses_cuda
 from megalm.config.run import ParityRun, RunConfig
-from megalm.config.validate import validate
+from megalm.config.validate import expand_layouts, validate
 from megalm.data.indexed import IndexedWriter
-from megalm.errors import ConfigError, Problem, RunError
+from megalm.errors import ConfigError, MegalmError, Problem, RunError
 from megalm.log import log
-from megalm.parallel.workers import make_folder, start_workers
+from megalm.parallel.forked import Fork
+from megalm.parallel.workers import Starter, make_folder, start_process, start_workers
+from megalm.train.comparison import ZERO_GRADIENT, Comparison, compare
+from megalm.train.divergence import name_first
+from megalm.train.parity_report import Table, header, row, write_report
 
 REFERENCE = "single"
-ZERO_GRADIENT = "attention.k.bias"
-"""Softmax does not change when all keys of a query move together: this bias's gradient is zero but for rounding, and Adam
-divides rounding by rounding unless eps is larger."""
+PRELOAD = ("torch", "megalm.launchers.compose", "hydra.main", "megalm.train.warm")
 
 
 @dataclass
-class Comparison:
-    """One layout against one rank: the largest differences, and what breaks a tolerance."""
+class Suite:
+    """One model on one rank and on the layouts."""
 
-    layout: str
-    ranks: int
-    seconds: float
-    initial_equal: bool = True
-    loss: float = 0.0
-    norm: float = 0.0  # relative
-    weight: float = 0.0
-    zero_gradient: float = 0.0  # of the key biases, not judged
-    faults: list[str] = field(default_factory=list)
+    model: str
+    work: Path
+    runs: dict[str, RunConfig]  # by layout, the reference first
+    results: list[Comparison]
 
 
-def parity_command(config: ParityRun) -> None:
-    """Run, compare, print a table. Raises RunError (exit 1) naming the first tensor that differs, if a layout does."""
-    runs = {name: run_config(config, name) for name in dict.fromkeys([REFERENCE, *config.parity.layouts])}
-    problems = [dataclasses.replace(p, key=f"[{name}] {p.key}") for name, run in runs.items() for p in validate(run)]
-    if problems:
-        raise ConfigError(*problems)
+def parity_command(config: ParityRun, command: str = "megalm parity", start: Starter | None = None) -> None:
+    """Run, compare, print a table. Raises RunError (exit 1) naming what differs first and most, if a layout does.
+
+    `start`: how ranks are started; None: forked from one warm process, or on GPUs, which do not survive that, as new ones.
+    """
+    begin = time.perf_counter()
+    suites = build_suites(config)
     work = Path(config.parity.work_dir)
     make_folder(work)
-    clear(work, list(runs))
     if not config.data.path:
         write_random_corpus(work / "corpus", config)
-    log(
-        f"{'layout':<24}{'ranks':>6}{'initial':>9}{'loss':>11}{'norm':>11}{'weights':>11}{'key bias':>11}{'seconds':>9}"
-    )
-    results = []
-    for name, run in runs.items():
-        start = time.perf_counter()
-        start_layout(run, work / f"{name}.yaml")
-        result = Comparison(name, processes(run), time.perf_counter() - start)
-        if name != REFERENCE:
-            compare(result, work / REFERENCE, work / name, config)
-        results.append(result)
-        log(_row(result))
+    start = start or (start_process if uses_cuda(config) else Fork(PRELOAD))
+    for suite in suites:
+        run_suite(config, suite, start)
     if not config.parity.keep:
-        clear(work, list(runs))
-        if not any(work.iterdir()):
-            work.rmdir()
-    faults = [Problem(f"layout {r.layout}", None, "; ".join(r.faults)) for r in results if r.faults]
+        clear(work, suites)
+    count = sum(len(suite.results) - 1 for suite in suites)
+    if config.parity.report:
+        tables = [Table(suite.model, suite.results) for suite in suites]
+        write_report(config.parity.report.split(","), tables, config, command, time.perf_counter() - begin)
+    faults = [
+        Problem(f"layout {result.layout}" + f" of {suite.model}" * (len(suites) > 1), None, "; ".join(result.faults))
+        for suite in suites
+        for result in suite.results
+        if result.faults
+    ]
     if faults:
         error = RunError(*faults)
         error.kind = "parity error"
         raise error
-    log(f"{len(results) - 1} layouts equal one rank over {config.parity.steps} steps")
+    log(f"{count} layout{'s' * (count != 1)} equal one rank over {config.parity.steps} steps")
 
 
-def clear(work: Path, layouts: list[str]) -> None:
-    """Delete what a parity run makes in its folder, and nothing else that may be there."""
-    for name in layouts:
-        shutil.rmtree(work / name, ignore_errors=True)
-        (work / f"{name}.yaml").unlink(missing_ok=True)
-    for suffix in (".bin", ".idx"):
-        (work / "corpus").with_suffix(suffix).unlink(missing_ok=True)
+def build_suites(config: ParityRun) -> list[Suite]:
+    """The runs of every model. Raises ConfigError with everything that is wrong with any of them, before one starts."""
+    work, suites, problems = Path(config.parity.work_dir), list[Suite](), list[Problem]()
+    for model in config.parity.models or [config.model.architecture]:
+        mine = with_model(config, model) if config.parity.models else config
+        folder = work / model if len(config.parity.models) > 1 else work
+        runs = {name: run_config(mine, name, folder) for name in dict.fromkeys([REFERENCE, *expand_layouts(mine)])}
+        problems += [dataclasses.replace(p, key=f"[{name}] {p.key}") for name, run in runs.items() for p in validate(run)]
+        suites.append(Suite(model, folder, runs, []))
+    if problems:
+        raise ConfigError(*problems)
+    return suites
 
 
-def run_config(config: ParityRun, layout: str) -> RunConfig:
-    """The training run of one layout. Raises ConfigError if the name cannot be read."""
+def run_config(config: ParityRun, layout: str, folder: Path) -> RunConfig:
+    """The training run of one layout, in `folder`. Raises ConfigError if the name cannot be read."""
     try:
         laid_out = with_layout(config, layout)
     except ValueError as error:
@@ -105,19 +100,61 @@ def run_config(config: ParityRun, layout: str) -> RunConfig:
             Problem("parity.layouts", layout, rule, str(error), "for example parity.layouts=[tp2,pp2,dp2_zero3]")
         ) from error
     sections = {f.name: getattr(laid_out, f.name) for f in dataclasses.fields(RunConfig)}
-    work = Path(config.parity.work_dir)
-    sections["train"] = dataclasses.replace(
-        config.train, steps=config.parity.steps, run_dir=str(work / layout), log_every=config.parity.steps
-    )
+    steps = config.parity.steps
+    sections["train"] = dataclasses.replace(config.train, steps=steps, run_dir=str(folder / layout), log_every=steps)
     sections["checkpoint"] = dataclasses.replace(config.checkpoint, save_first=True, keep=0, load="")
-    sections["data"] = dataclasses.replace(config.data, path=config.data.path or str(work / "corpus"))
+    sections["data"] = dataclasses.replace(
+        config.data, path=config.data.path or str(Path(config.parity.work_dir) / "corpus")
+    )
     return RunConfig(**sections)
 
 
-def start_layout(run: RunConfig, path: Path) -> None:
+def run_suite(config: ParityRun, suite: Suite, start: Starter) -> None:
+    """Run and compare all layouts of one model, and print a row for each."""
+    clear_runs(suite)
+    make_folder(suite.work)
+    width = max(len(name) for name in suite.runs)
+    if len(config.parity.models) > 1:
+        log(f"\n{suite.model}")
+    log(header(width))
+    for name, run in suite.runs.items():
+        begin = time.perf_counter()
+        result = Comparison(name, processes(run), 0.0)
+        suite.results.append(result)
+        try:
+            start_layout(run, start)
+        except MegalmError as error:
+            if name == REFERENCE:
+                raise
+            result.faults = [f"did not run: {_in_one_line(error)}"]
+        result.seconds = time.perf_counter() - begin
+        if name != REFERENCE and not result.faults:
+            compare(result, suite.work / REFERENCE, suite.work / name, config.parity)
+        if result.first_step:
+            result.faults.append(name_module(suite, name, result.first_step, start))
+        log(row(result, width))
+
+
+def start_layout(run: RunConfig, start: Starter) -> None:
     """Train one layout in its own processes, quietly."""
+    path = Path(run.train.run_dir).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(asdict(run), sort_keys=False))
-    start_workers("megalm.launchers.pretrain", [str(path)], run, quiet=True)
+    start_workers("megalm.launchers.pretrain", [str(path)], run, quiet=True, start=start)
+
+
+def name_module(suite: Suite, layout: str, step: int, start: Starter) -> str:
+    """Repeat the reference and the layout, recording a step; say which module differs first."""
+    records = []
+    for name in (REFERENCE, layout):
+        run, folder = suite.runs[name], suite.work / f"{name}-step-{step}"
+        train = dataclasses.replace(run.train, run_dir=str(folder), record=str(folder / "record"), record_step=step)
+        records.append(folder / "record")
+        try:
+            if not records[-1].exists():  # the reference may have done it for another layout
+                start_layout(dataclasses.replace(run, train=train), start)
+        except MegalmError as error:
+            return f"could not be repeated to find the module: {_in_one_line(error)}"
+    return name_first(records[0], records[1], step, suite.runs[layout].train.precision, ZERO_GRADIENT)
 
 
 def write_random_corpus(prefix: Path, config: RunConfig) -> None:
@@ -129,73 +166,25 @@ def write_random_corpus(prefix: Path, config: RunConfig) -> None:
             writer.add_document(ids)
 
 
-def compare(result: Comparison, reference: Path, other: Path, config: ParityRun) -> None:
-    """Fill in `result` from what the two runs left behind."""
-    tolerance = config.parity
-    mine, theirs = _metrics(other), _metrics(reference)
-    losses = [abs(a["loss"] - b["loss"]) for a, b in zip(mine, theirs, strict=True)]
-    norms = [
-        abs(a["grad_norm"] - b["grad_norm"]) / max(b["grad_norm"], 1e-12) for a, b in zip(mine, theirs, strict=True)
-    ]
-    result.loss, result.norm = float(np.max(losses)), float(np.max(norms))  # unlike max, it keeps a NaN
-    first, last = "step-00000000", f"step-{tolerance.steps:08d}"
-    for name, a, b in _tensors(reference / "checkpoints" / first, other / "checkpoints" / first):
-        if _hash(a) != _hash(b) and result.initial_equal:
-            result.initial_equal = False
-            result.faults.append(f"initial weights differ, first in {name}")
-    for name, a, b in _tensors(reference / "checkpoints" / last, other / "checkpoints" / last):
-        difference = float((a - b).abs().max())
-        if name.endswith(ZERO_GRADIENT):
-            result.zero_gradient = max(result.zero_gradient, difference)
-            continue
-        if not difference <= tolerance.weight_tolerance and result.weight <= tolerance.weight_tolerance:
-            result.faults.append(
-                f"final weights differ by {difference:.1e} > {tolerance.weight_tolerance:.0e}, first in {name}"
-            )
-        result.weight = float(np.maximum(result.weight, difference))
-    for what, values, limit in (
-        ("loss", losses, tolerance.loss_tolerance),
-        ("gradient norm", norms, tolerance.norm_tolerance),
-    ):
-        bad = [step for step, value in enumerate(values, 1) if not value <= limit]
-        if bad:
-            result.faults.append(f"{what} differs by {np.max(values):.1e} > {limit:.0e}, first at step {bad[0]}")
+def clear(work: Path, suites: list[Suite]) -> None:
+    """Delete what a parity run makes in its folder, and nothing else that may be there."""
+    for suite in suites:
+        clear_runs(suite)
+    for suffix in (".bin", ".idx"):
+        (work / "corpus").with_suffix(suffix).unlink(missing_ok=True)
+    for folder in (*(suite.work for suite in suites), work):
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
-def _tensors(reference: Path, other: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Weights of two checkpoints, by name, in the reference's order of layers."""
-    a, b = read_manifest(reference), read_manifest(other)
-    for key in sorted(_weights(a) | _weights(b), key=_model_order):
-        yield key.removeprefix("weight/"), read_whole(reference, a, key), read_whole(other, b, key)
+def clear_runs(suite: Suite) -> None:
+    """Delete the folders and configs of one model's runs, and of their repetitions."""
+    for name in suite.runs:
+        for folder in (suite.work / name, *suite.work.glob(f"{name}-step-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.with_suffix(".yaml").unlink(missing_ok=True)
 
 
-def _weights(manifest: Manifest) -> set[str]:
-    return {key for key in manifest.tensors if key.startswith("weight/")}
-
-
-def _model_order(key: str) -> tuple[int, int, str]:
-    """Embeddings, then layers by number, then norm and head."""
-    parts = key.removeprefix("weight/").split(".")
-    if parts[0] == "layers":
-        return 1, int(parts[1]), key
-    return (0 if "embedding" in parts[0] else 2), 0, key
-
-
-def _metrics(run_dir: Path) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "loss" in record]
-
-
-def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-
-
-def _row(r: Comparison) -> str:
-    if r.layout == REFERENCE:
-        return f"{r.layout:<24}{r.ranks:>6}{'-':>9}{'-':>11}{'-':>11}{'-':>11}{'-':>11}{r.seconds:>9.1f}"
-    initial = "equal" if r.initial_equal else "DIFFERS"
-    verdict = "" if not r.faults else "   DIFFERS"
-    return (
-        f"{r.layout:<24}{r.ranks:>6}{initial:>9}{r.loss:>11.1e}{r.norm:>11.1e}{r.weight:>11.1e}"
-        f"{r.zero_gradient:>11.1e}{r.seconds:>9.1f}{verdict}"
-    )
+def _in_one_line(error: MegalmError) -> str:
+    problem = error.problems[0]
+    return f"{error.kind}: {problem.key} {problem.value or ''}: {problem.rule}"

@@ -29,6 +29,7 @@ from megalm.parallel.workers import make_folder, note_error
 from megalm.train.build import build_job
 from megalm.train.counting import Counting
 from megalm.train.hooks import Checkpointing, Evaluating, Logging, ProgressBar
+from megalm.train.record import Recording
 from megalm.train.trace import Tracing
 from megalm.train.tracking import build_trackers
 from megalm.train.trainer import Hook, Trainer
@@ -100,6 +101,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
                 corpus.tokenizer.save(run_dir / "tokenizer.json")
     logging = Logging(build_trackers(config, resolved) if topology.rank == 0 else [])
     hooks: list[Hook] = [Counting(), Tracing(), ProgressBar(), logging, Evaluating(logging), Checkpointing(resolved, logging)]
+    if config.train.record:
+        hooks.append(Recording(Path(config.train.record), config.train.record_step))
     Trainer(job, state, hooks).fit()
     unigram = corpus.unigram_entropy
     yardstick = f", {_side(logging.recent_loss, unigram)} the corpus's unigram entropy of {unigram:.4f}" if unigram else ""

@@ -51,6 +51,9 @@ class Hook:
     def before_step(self, trainer: Trainer) -> None:
         """Before every optimizer step."""
 
+    def before_update(self, trainer: Trainer) -> None:
+        """In every step, when the gradients are reduced and nothing has changed yet."""
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """After every optimizer step; `trainer.state.step` counts it already."""
 
@@ -90,6 +93,8 @@ class Trainer:
         self.job.chunks.train()
         with self.engine.accumulate():
             self.job.executor.run(build_forward(self.job, batches, divisor, losses))
+        for hook in self.hooks:
+            hook.before_update(self)
         lr = learning_rate(self.state.step, self.config.optim, self.config.train.steps)
         scale = self.engine.loss_scale.scale if self.engine.loss_scale else None
         grad_norm = self.engine.step(lr)

@@ -36,6 +36,12 @@ BREAKS: dict[str, dict[str, Any]] = {
     "chunks_schedule": {"parallel.pipeline_parallel": 2, "parallel.chunks": 2},
     "interleaved_chunks": {"parallel.pipeline_parallel": 2, "parallel.schedule": "interleaved"},
     "chunks_stages": {"parallel.chunks": 2, "parallel.schedule": "gpipe"},
+    "two_chunks": {"parallel.pipeline_parallel": 2, "parallel.schedule": "zbv"},
+    "schedule_file_given": {"parallel.pipeline_parallel": 2, "parallel.schedule": "csv"},
+    "schedule_file_used": {"parallel.pipeline_parallel": 2, "parallel.schedule_file": "x.csv"},
+    "trace_name": {"train.trace": "trace.svg"},
+    "trace_reached": {"train.trace": "trace.json", "train.trace_step": 5, "train.steps": 4, "optim.warmup_steps": 1},
+    "ledger_reached": {"train.ledger_step": 1001},
     "batch_divides": {"train.global_batch_size": 15},
     "sequence_fits": {"data.seq_length": 2048},
     "split_shares": {"data.split": "0.9,0.1"},
@@ -102,6 +108,10 @@ def test_row_raises_and_its_fix_passes(name: str, monkeypatch: pytest.MonkeyPatc
         {"model.architecture": "gpt", "model.head_dim": 33},  # learned positions need no pairs
         {"cluster.num_processes": 4, "parallel.zero": 3},
         {"optim.schedule": "wsd", "optim.wsd_decay_steps": 500, "optim.warmup_steps": 500},
+        {"parallel.pipeline_parallel": 2, "parallel.schedule": "zbh1"},
+        {"parallel.pipeline_parallel": 2, "parallel.chunks": 2, "parallel.schedule": "dualpipev"},
+        {"parallel.pipeline_parallel": 2, "parallel.schedule": "csv", "parallel.schedule_file": "x.csv"},
+        {"train.trace": "trace.json", "train.trace_step": 1000},
         {"data.split": "98, 2, 0", "train.eval_every": 5, "train.patience": 3},
         {"parallel.pipeline_parallel": 3, "parallel.stage_split": "auto"},
         {"parallel.pipeline_parallel": 6, "parallel.stage_split": "0, 1,1,1,1, 0"},  # more stages than layers

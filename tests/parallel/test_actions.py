@@ -96,12 +96,12 @@ def test_any_legal_order_communicates_safely(schedule):
 def test_a_schedule_that_cannot_finish_names_where_each_rank_is_stuck():
     F, B = FORWARD, BACKWARD
     upside_down = Schedule(2, 1, 1, ((Action(F, 0, 0), Action(B, 0, 0)), (Action(B, 1, 0), Action(F, 1, 0))))
-    with pytest.raises(ValueError, match="never finish: rank 0 at 0B0, which needs 0F0 and the backward of stage 1; rank 1 at 1B0, which needs 1F0"):
+    with pytest.raises(ValueError, match="rank 0 at 0B0, which needs 0F0 and the backward of stage 1; rank 1 at 1B0"):
         with_communication(upside_down)
     crossed = Schedule(
         2, 1, 2, ((Action(F, 0, 0), Action(B, 0, 0), Action(F, 0, 1)), (Action(F, 1, 1), Action(F, 1, 0), Action(B, 1, 0)))
     )
-    with pytest.raises(ValueError, match="rank 0 at 0B0, .*; rank 1 at 1F1, which needs 0F1"):
+    with pytest.raises(ValueError, match=r"rank 0 at 0B0, .*; rank 1 at 1F1, which needs 0F1"):
         with_communication(crossed)
 
 
@@ -112,13 +112,13 @@ def test_the_last_stages_backward_waits_for_its_own_forward():
 
 
 def test_a_weight_gradient_waits_for_its_other_half():
-    F, I, W = (Action(kind, 0, 0) for kind in (FORWARD, INPUT, WEIGHT))
-    assert with_communication(Schedule(1, 1, 1, ((F, I, W),))) == [[F, I, W]]
+    forward, back, weight = (Action(kind, 0, 0) for kind in (FORWARD, INPUT, WEIGHT))
+    assert with_communication(Schedule(1, 1, 1, ((forward, back, weight),))) == [[forward, back, weight]]
     with pytest.raises(ValueError, match="rank 0 at 0W0, which needs 0I0"):
-        with_communication(Schedule(1, 1, 1, ((F, W, I),)))
+        with_communication(Schedule(1, 1, 1, ((forward, weight, back),)))
 
 
 def test_of_many_stuck_ranks_a_few_are_named():
     stuck = tuple((Action(BACKWARD, rank, 0), Action(FORWARD, rank, 0)) for rank in range(12))
-    with pytest.raises(ValueError, match="rank 7 at 7B0, .*; and 4 more ranks$"):
+    with pytest.raises(ValueError, match=r"rank 7 at 7B0, .*; and 4 more ranks$"):
         with_communication(Schedule(12, 1, 1, stuck))
