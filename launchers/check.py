@@ -27,7 +27,23 @@ def summary(verb: str, config: Any) -> str:
     count = config.cluster.num_processes
     parts = f"{config.data_parallel} copies x {config.num_microbatches} microbatches x {config.train.micro_batch_size}"
     place = f"{count} {device} process{'es' if count > 1 else ''}"
-    return f"ok: {verb} as {layout} on {place}, {config.train.global_batch_size} samples per step = {parts}"
+    what = f"ok: {verb} as {layout} on {place}, {config.train.global_batch_size} samples per step = {parts}"
+    return "\n".join([what, *_forecast(config)])
+
+
+def _forecast(config: Any) -> list[str]:
+    """Layers per stage and memory of the rank that needs most, a line each."""
+    from megalm.config.stage_split import num_stages
+    from megalm.train.forecast import layers_per_stage, predict_memory
+
+    split = "+".join(map(str, layers_per_stage(config, num_stages(config))))
+    most = max(predict_memory(config), key=lambda rank: rank.total)
+    states = most.states
+    optimizer = states.masters + states.moments - states.offloaded
+    parts = {"weights": states.weights, "gradients": states.gradients + states.buckets, "optimizer": optimizer}
+    shares = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in (parts | {"activations": most.activations}).items())
+    memory = f"memory: about {most.total / 2**30:.3g} GiB on the fullest rank ({shares}), and temporary buffers"
+    return [f"stages: {split} layers", memory] if num_stages(config) > 1 else [memory]
 
 
 def check(verb: str, argv: list[str]) -> str:

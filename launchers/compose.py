@@ -293,10 +293,19 @@ def _schedule_problems(config: Any) -> list[Problem]:
     p = config.parallel
     count = config.pipeline.num_microbatches if isinstance(config, PipelineRun) else config.num_microbatches
     try:
-        build_schedule(p.schedule, p.pipeline_parallel, count, p.chunks, p.schedule_file)
+        schedule = build_schedule(p.schedule, p.pipeline_parallel, count, p.chunks, p.schedule_file)
     except ConfigError as error:
         return error.problems
-    return []
+    problems = []
+    ends = schedule.rank_of(0), schedule.rank_of(schedule.num_stages - 1)
+    apart = ends[0] != ends[1] and ends != (0, p.pipeline_parallel - 1)
+    if isinstance(config, RunConfig) and config.model.tie_embeddings and apart:
+        rule = f"with tied embeddings its first stage and its last are on the first rank and the last, or on one; here {ends}"
+        problems.append(Problem("parallel.schedule_file", p.schedule_file, rule, fix="model.tie_embeddings=false"))
+    if schedule.splits_backward and p.zero and p.zero_reduce == "microbatch":
+        rule = "its weight gradients come after the backward in whose hooks parallel.zero_reduce=microbatch reduces"
+        problems.append(Problem("parallel.schedule_file", p.schedule_file, rule, fix="parallel.zero_reduce=step"))
+    return problems
 
 
 def _first_line(error: BaseException) -> str:

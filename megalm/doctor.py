@@ -47,6 +47,7 @@ def examine_machine() -> list[Row]:
         _triton,
         _apex,
         _compiler,
+        _nvme,
         _network,
         _slurm,
         _memory,
@@ -159,6 +160,21 @@ def _compiler() -> Iterator[Row]:
         yield Row("C compiler", "ok", compiler)
     else:
         yield Row("C compiler", "warn", "none: Triton cannot build its launchers", "apt-get install gcc")
+
+
+def missing_for_nvme() -> list[str]:
+    """Debian's names of what DeepSpeed needs to build its access to a disk (parallel.zero_offload=nvme), where it is absent."""
+    header = any(Path(folder, "libaio.h").exists() for folder in ("/usr/include", "/usr/local/include"))
+    parts = {"libaio-dev": header, "g++": shutil.which("c++") or shutil.which("g++"), "ninja-build": shutil.which("ninja")}
+    return [name for name, present in parts.items() if not present]
+
+
+def _nvme() -> Iterator[Row]:
+    missing = missing_for_nvme()
+    if missing:
+        yield Row("nvme offload", "ok", f"not possible (optional: it needs {', '.join(missing)})")
+    else:
+        yield Row("nvme offload", "ok", "can be built at the first use")
 
 
 def _network() -> Iterator[Row]:

@@ -116,8 +116,7 @@ class _TimedWork:
     """A transfer on its way, whose waiting is counted."""
 
     def __init__(self, work: Any, total: list[float]):
-        self.wait = _timed_into(total)(work.wait)
-        self.is_completed = _timed_into(total)(work.is_completed)
+        self.wait, self.is_completed = _timed_into(total)(work.wait), work.is_completed
 
 
 @contextmanager

@@ -52,6 +52,9 @@ SIZES: dict[str, dict[str, Any]] = {
 PEER_TARGET, ZERO_TARGETS = 1.0, {"tiny": 1.3, "10m": 1.05}
 EXECUTOR_TARGET, SCHEDULES_TARGET = 100e-6, 2.0  # seconds
 EXECUTOR_RUNS = (("1f1b", 1, 1), ("1f1b", 1, 2), ("interleaved", 2, 2), ("zbv", 2, 2))  # schedule, chunks, ranks
+SWITCHES = {"overlap": "parallel", "fuse_projections": "kernels"}  # and their sections of the configuration
+SWITCHED = (("tp2", "overlap"), ("tp2", "fuse_projections"), ("single", "fuse_projections"))
+PEER_LAYOUTS = ("tp2", "pp2", "dp2")
 WITHOUT_PEER = "no --megatron-python: another environment with megatron-core 0.16.1; --help says how to make one"
 DIFFERENCES = (
     "the same on both sides: model, sizes, microbatches, 1F1B, gloo, torch's attention (--megatron-attention local: its own), "
@@ -67,7 +70,7 @@ def compare(options: argparse.Namespace, section: str, what: str, size: str, sid
     """Let two trainings take turns. sides: {name: (command, specification, ranks)}, of which the first is judged."""
     steps = options.steps or SIZES[size]["steps"]
     with start_sides(sides, options.timeout) as (first, second):
-        found = alternate(first, second, options.turns, steps, options.warmup * steps).summary()
+        found = alternate(first, second, options.turns, steps, options.warmup * steps).summary() | {"steps": steps}
     names = (first.name, second.name)
     return Row(
         section, what, names, tuple(found["seconds"]), found["ratio"], tuple(found["ratio_quartiles"]), target,
@@ -90,7 +93,7 @@ def megalm_side(spec: dict[str, Any], ranks: int) -> tuple[list[str], dict[str, 
 
 def bench_peer(options: argparse.Namespace) -> Iterator[Row]:
     for size in options.sizes:
-        for layout in options.layouts:
+        for layout in (name for name in PEER_LAYOUTS if name in options.layouts):
             spec, ranks = specify(options, size, layout, attention=options.megatron_attention)
             theirs = [options.megatron_python, str(HERE / "bench_megatron.py")]
             sides = {"megalm": megalm_side(spec, ranks), "megatron-core": (theirs, spec, ranks)}
@@ -104,16 +107,17 @@ def bench_zero(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def bench_switches(options: argparse.Namespace) -> Iterator[Row]:
-    runs = [("tp2", "parallel", "overlap"), ("tp2", "kernels", "fuse_projections"), ("single", "kernels", "fuse_projections")]
+    runs = [(layout, switch) for layout, switch in SWITCHED if layout in options.layouts and switch in options.switches]
     for size in options.sizes:
-        for layout, group, switch in runs:
+        for layout, switch in runs:
+            group = SWITCHES[switch]
             values = {f"{switch}={value}".lower(): {group: {switch: value}} for value in (True, False)}
             sides = {name: megalm_side(*specify(options, size, layout, **value)) for name, value in values.items()}
             yield compare(options, "switches", f"{layout} {size} {options.architecture}", size, sides, None)
 
 
 def bench_executor(options: argparse.Namespace) -> Iterator[Row]:
-    for schedule, chunks, ranks in EXECUTOR_RUNS:
+    for schedule, chunks, ranks in (run for run in EXECUTOR_RUNS if run[2] in options.executor_ranks):
         spec = {"kind": "executor", "schedule": schedule, "chunks": chunks, "microbatches": options.executor_microbatches}
         name = f"{schedule}, {ranks} rank{'s' * (ranks > 1)}"
         with start_sides({name: megalm_side(spec, ranks)}, options.timeout) as (side,):
@@ -183,7 +187,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="NAME", help="default: all")
     add("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), metavar="SIZE", help="tiny, 10m; default: both")
     add("--architecture", choices=("gpt", "llama"), default="gpt", help="default: gpt")
-    add("--layouts", nargs="+", choices=("tp2", "pp2", "dp2"), default=["tp2", "pp2", "dp2"], metavar="LAYOUT", help="of peer")
+    layouts = (*PEER_LAYOUTS, "single")
+    add("--layouts", nargs="+", choices=layouts, default=layouts, metavar="LAYOUT", help="of peer and switches; default: all")
+    add("--switches", nargs="+", choices=SWITCHES, default=list(SWITCHES), metavar="NAME", help="default: all")
     add("--turns", type=positive, default=15, help="turns of each side; default: 15")
     add("--steps", type=positive, help="steps in a turn; default: 10 of tiny, 1 of 10m")
     add("--warmup", type=int, default=2, help="turns before, which do not count; default: 2")
@@ -193,6 +199,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--stages", type=positive, default=64, help="of schedules, even; default: 64")
     add("--microbatches", type=positive, default=512, help="of schedules; default: 512")
     add("--executor-microbatches", type=positive, default=64, help="of executor; default: 64")
+    add("--executor-ranks", nargs="+", type=int, choices=(1, 2), default=(1, 2), help="of executor; default: 1 and 2")
     add("--json", type=Path, metavar="FILE", help="write everything there too")
     options = parser.parse_args(arguments)
     if options.stages % 2:

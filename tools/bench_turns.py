@@ -158,7 +158,7 @@ class Side:
 
 @contextmanager
 def start_sides(wanted: dict[str, tuple[Sequence[str], dict[str, Any], int]], timeout: float) -> Iterator[list[Side]]:
-    """Sides by name, from (command, specification, ranks); one is built after the other, all end with the scope."""
+    """Sides by name, from (command, specification, ranks); all end with the scope."""
     sides: list[Side] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         try:
@@ -166,7 +166,8 @@ def start_sides(wanted: dict[str, tuple[Sequence[str], dict[str, Any], int]], ti
                 place = Path(folder) / str(number)
                 place.mkdir()
                 sides.append(Side(name, command, spec, ranks, place, timeout))
-                sides[-1].wait_ready()
+            for side in sides:
+                side.wait_ready()
             yield sides
         finally:
             for side in sides:

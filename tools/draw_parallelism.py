@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from megalm.errors import ConfigError, MegalmError, Problem
 from megalm.models.plans import PLANS
 from megalm.models.registry import build_model
 from megalm.parallel.memory import ModelStates, model_states
+from megalm.parallel.schedule_picture import Panel, save_picture
+from megalm.parallel.schedules import build_schedule
 from megalm.parallel.tensor_parallel import Shard, apply_tensor_parallel, shard_of
+from megalm.parallel.timeline import Times, simulate
 from megalm.parallel.topology import Group, Topology
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +108,15 @@ def draw_zero(plt: Any, path: Path, parameters: int = 7_000_000_000, copies: int
     plt.close(figure)
 
 
+def draw_schedules(plt: Any, path: Path, ranks: int = 4, microbatches: int = 8) -> None:
+    """The same step in four schedules, one time axis for all."""
+    panels = []
+    for name, chunks in (("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)):
+        timeline = simulate(build_schedule(name, ranks, microbatches, chunks), Times().per_chunk(chunks))
+        panels.append(Panel(f"{name}: bubble {timeline.bubble:.1%}", timeline))
+    save_picture(str(path), panels, "output")
+
+
 def states_table(parameters: int, copies: int) -> str:
     """The same numbers as Markdown."""
     names = [field.name for field in dataclasses.fields(ModelStates) if field.name in STATES]
@@ -114,7 +127,11 @@ def states_table(parameters: int, copies: int) -> str:
     return "\n".join(rows)
 
 
-FIGURES = {"tensor_parallel.svg": draw_tensor_parallel, "zero.svg": draw_zero}
+FIGURES: dict[str, Callable[[Any, Path], None]] = {
+    "tensor_parallel.svg": draw_tensor_parallel,
+    "schedules.svg": draw_schedules,
+    "zero.svg": draw_zero,
+}
 
 
 def load_pyplot() -> Any:

@@ -92,3 +92,12 @@ def divisors(config: RunConfig, key: str, number: int) -> list[Change]:
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     values = {*small, *(number // d for d in small)}
     return [(key, v) for v in sorted(values, key=lambda v: (abs(v - value), v))]
+
+
+def needs(
+    name: str, key: str, neutral: Any, other: str, given: Callable[[RunConfig], bool], change: Change, why: str
+) -> Rule:
+    """`key` has an effect only when `given` holds: a setting without effect is a mistake, not a detail."""
+    return Rule(
+        name, (key, other), why, lambda c: value_of(c, key) == neutral or given(c), lambda c: [(key, neutral), change]
+    )

@@ -89,14 +89,19 @@ def candidate_layouts(max_ranks: int) -> list[str]:
 def sample_layouts(legal: Sequence[str]) -> list[str]:
     """A few of the legal layouts that together show every value of every axis, every pair of axes, and every schedule.
 
-    They are chosen one by one: the one that shows most that is new per rank, of equals the smallest, then the first.
+    They are chosen one by one: the one that shows most that is new per rank, of equals the smallest, then the first. Then
+    those go that show nothing that another of the chosen does not.
     """
-    traits = {name: _traits(name) for name in legal}
+    traits = {name: _traits(name) for name in legal if _ranks(name) > 1}
     chosen, seen = list[str](), set[str]()
     while new := {name: len(shown - seen) for name, shown in traits.items() if shown - seen}:
         best = min(new, key=lambda name: (-new[name] / _ranks(name), _ranks(name)))
         chosen.append(best)
         seen |= traits[best]
+    for name in list(chosen):
+        others = set[str]().union(*(traits[other] for other in chosen if other != name))
+        if traits[name] <= others:
+            chosen.remove(name)
     return [name for name in legal if name in chosen]
 
 

@@ -44,8 +44,7 @@ class ParityConfig:
 
     layouts: list[str] = knob(
         ["tp2", "pp2", "dp2_zero0", "tp2_pp2"],
-        "short names of the layouts to compare with one rank; all: those that the rules allow on up to 8 ranks (all4: on up "
-        "to 4), sample: a few that show every axis and schedule",
+        "short names of layouts to compare with one rank; all: every legal one on up to 8 ranks (all4: up to 4); sample: a few",
     )
     models: list[str] = knob([], "architectures: llama, gpt (with tied embeddings); empty: that of model.*")
     steps: int = knob(20, "optimizer steps to compare", minimum=1)

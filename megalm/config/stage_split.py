@@ -31,8 +31,9 @@ def _obeys(holds: Callable[[tuple[int, ...], RunConfig], bool]) -> Callable[[Run
 
 def _changes(c: RunConfig) -> list[Change]:
     split = explicit_split(c.parallel.stage_split) or ()
-    fits = [(_PP, len(split) // c.parallel.chunks), (_LAYERS, sum(split))]
-    return [*((key, value) for key, value in fits if value), (_KEY, EVEN)]
+    ranks = len(split) // c.parallel.chunks
+    pipeline: list[Change] = [(_PP, ranks)] if ranks > 1 else []
+    return [*pipeline, (_LAYERS, sum(split)), (_KEY, EVEN)]
 
 
 def _long_enough(split: tuple[int, ...], c: RunConfig) -> bool:
@@ -59,7 +60,7 @@ RULES = (
         (_KEY, _LAYERS),
         f"the numbers of {_KEY} must add up to {_LAYERS}",
         _obeys(lambda split, c: sum(split) == c.model.num_layers),
-        _changes,
+        lambda c: _changes(c)[::-1],
     ),
     Rule(
         "split_empty",

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
-from megalm.config import fields, schedule_rules, stage_split
-from megalm.config.fixes import Change, Rule, broken, cures, divisors, multiples, plan, value_of, with_value
+from megalm.config import fields, schedule_rules, stage_split, zero_rules
+from megalm.config.fixes import Change, Rule, broken, cures, divisors, multiples, needs, plan, value_of, with_value
 from megalm.config.layouts import candidate_layouts, sample_layouts, with_layout, with_model
 from megalm.config.machine import count_gpus, data_parallel, launched_processes, processes, uses_cuda
 from megalm.config.model import ARCHITECTURES
@@ -67,13 +66,6 @@ def _at_most(name: str, small: str, large: str) -> Rule:
     )
 
 
-def _needs(name: str, key: str, neutral: Any, other: str, given: Condition, change: Change, why: str) -> Rule:
-    """`key` has an effect only when `given` holds: a setting without effect is a mistake, not a detail."""
-    return Rule(
-        name, (key, other), why, lambda c: value_of(c, key) == neutral or given(c), lambda c: [(key, neutral), change]
-    )
-
-
 def _layout_fits(c: RunConfig) -> bool:
     return processes(c) % c.parallel.model_parallel == 0
 
@@ -125,8 +117,8 @@ def _gpu_changes(c: RunConfig) -> list[Change]:
     size = c.parallel.model_parallel
     return [
         *((_PROCESSES, count) for count in range(count_gpus() // size * size, 0, -size)),
-        (_PROCESSES, 0),
         ("cluster.device", "cpu"),
+        (_PROCESSES, 0),
     ]
 
 
@@ -193,7 +185,7 @@ RULES: tuple[Rule, ...] = (
     ),
     _divides("ffn_per_rank", "model.ffn_size", _TP),
     _divides("sequence_per_rank", "data.seq_length", _TP, when=lambda c: c.parallel.sequence_parallel),
-    _needs(
+    needs(
         "sequence_parallel_used",
         "parallel.sequence_parallel",
         False,
@@ -211,11 +203,12 @@ RULES: tuple[Rule, ...] = (
     ),
     *stage_split.RULES,
     *schedule_rules.RULES,
+    *zero_rules.RULES,
     Rule(
         "batch_divides",
         ("train.global_batch_size", "train.micro_batch_size", "data parallel copies"),
         "train.global_batch_size must be a multiple of train.micro_batch_size x data parallel copies",
-        lambda c: not _layout_fits(c) or c.train.global_batch_size % (c.train.micro_batch_size * data_parallel(c)) == 0,
+        lambda c: c.train.global_batch_size % (c.train.micro_batch_size * data_parallel(c)) == 0,
         _batch_changes,
     ),
     _at_most("sequence_fits", "data.seq_length", "model.max_seq_length"),
@@ -233,7 +226,7 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.train.eval_every == 0 or (split_shares(c.data.split) or (1, 1, 0))[1] > 0,
         lambda c: [_SHARES, ("train.eval_every", 0)],
     ),
-    _needs(
+    needs(
         "patience_used",
         "train.patience",
         0,
@@ -242,7 +235,7 @@ RULES: tuple[Rule, ...] = (
         ("train.eval_every", 100),
         "train.patience counts evaluations: it has no effect with train.eval_every=0",
     ),
-    _needs(
+    needs(
         "recompute_every_used",
         "train.recompute_every",
         1,
@@ -266,6 +259,22 @@ RULES: tuple[Rule, ...] = (
         lambda c: [("train.trace_step", c.train.steps), ("train.steps", c.train.trace_step)],
     ),
     _at_most("ledger_reached", "train.ledger_step", "train.steps"),
+    needs(
+        "record_step_used",
+        "train.record_step",
+        1,
+        "train.record",
+        lambda c: bool(c.train.record),
+        ("train.record", "runs/record"),
+        "train.record_step has no effect without train.record",
+    ),
+    Rule(
+        "record_step_runs",
+        ("train.record_step", "train.steps"),
+        "train.record_step must not exceed train.steps",
+        lambda c: not c.train.record or c.train.record_step <= c.train.steps,
+        lambda c: [("train.record_step", c.train.steps), ("train.steps", c.train.record_step)],
+    ),
     _at_most("lr_order", "optim.min_lr", "optim.lr"),
     Rule(
         "warmup_ends",
@@ -274,7 +283,7 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.optim.warmup_steps < decay_end(c),
         _warmup_changes,
     ),
-    _needs(
+    needs(
         "wsd_used",
         "optim.wsd_decay_steps",
         0,

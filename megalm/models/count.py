@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model, from its configuration alone. The only place that counts them.
+"""Parameters, FLOPs and activations of a model, from its configuration alone. The only place that counts them.
 
 Standard MFU = (6 N_matmul + 6 L h S) tokens/s / dense bf16 peak: N_matmul are the parameters that take part in a matrix
 product (no embedding look-up), the second term is attention counted once for the causal mask (h = query heads x head
@@ -22,18 +22,72 @@ def count_matmul_parameters(config: ModelConfig) -> int:
     return config.num_layers * count_block_parameters(config) + config.vocab_size * config.hidden_size
 
 
+def count_stage_parameters(config: ModelConfig, num_layers: int, first: bool, last: bool) -> int:
+    """All parameters of a part of the model: blocks, the embeddings if it is the first part, norm and head if the last."""
+    E, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    gpt = config.architecture == "gpt"
+    norm = 2 * E if gpt else E
+    biases = heads + 2 * kv + E + config.ffn_size + E if gpt else 0
+    embedding = config.vocab_size * E
+    total = num_layers * (count_block_parameters(config) + biases + 2 * norm)
+    total += embedding + (config.max_seq_length * E if gpt else 0) if first else 0
+    total += norm if last else 0
+    return total + (embedding if last and not (first and config.tie_embeddings) else 0)
+
+
 def count_parameters(config: ModelConfig) -> int:
     """All parameters of the model."""
-    E, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    embedding = config.vocab_size * E
-    total = count_matmul_parameters(config) + (0 if config.tie_embeddings else embedding)
-    if config.architecture == "llama":
-        return total + (2 * config.num_layers + 1) * E
-    biases = heads + 2 * kv + E + config.ffn_size + E
-    return total + config.max_seq_length * E + config.num_layers * (biases + 4 * E) + 2 * E
+    return count_stage_parameters(config, config.num_layers, True, True)
+
+
+def count_stage_flops_per_token(config: ModelConfig, seq_length: int, num_layers: int, last: bool) -> float:
+    """FLOPs of forward and backward of a part of the model for one token; only the last part's head counts beside blocks."""
+    attention = 6 * num_layers * config.num_heads * config.head_dim * seq_length
+    head = config.vocab_size * config.hidden_size if last else 0
+    return 6 * (num_layers * count_block_parameters(config) + head) + attention
 
 
 def count_flops_per_token(config: ModelConfig, seq_length: int) -> float:
     """FLOPs of forward and backward for one token in a causal sequence of `seq_length`."""
-    attention = 6 * config.num_layers * config.num_heads * config.head_dim * seq_length
-    return 6 * count_matmul_parameters(config) + attention
+    return count_stage_flops_per_token(config, seq_length, config.num_layers, True)
+
+
+def count_block_activations(
+    config: ModelConfig,
+    recompute: str,
+    element_bytes: int,
+    tensor_parallel: int = 1,
+    sequence_parallel: bool = False,
+    fused: bool = False,
+) -> float:
+    """Bytes per token that one block keeps on one rank from its forward to its backward, its input included.
+
+    After Korthikanti et al. 2022, equations 1 to 4 and 6, for our operations: attention keeps no score matrix but its
+    result and fp32 logarithms of sums (flash attention), the masks of dropout are 1 byte, and norms keep fp32 statistics.
+    `fused` (kernels.fuse_projections): rotary turns copies of q and k, and the product they lie in stays for v's sake.
+    """
+    t, s = tensor_parallel, tensor_parallel if sequence_parallel else 1
+    llama, e = config.architecture == "llama", element_bytes
+    hidden, gathered = config.hidden_size * e / s, config.hidden_size * e
+    if recompute == "full":
+        return hidden
+    q = config.num_heads * config.head_dim * e / t
+    kv = max(config.num_kv_heads / t, 1) * config.head_dim * e  # each rank has a head, if need be a copy
+    attention = q + 2 * kv + q + 4 * config.num_heads / t  # q, k, v, result, logarithms
+    inner = config.ffn_size * e / t
+    if recompute == "selective":  # results of products, of attention and of collectives
+        kept = 2 * hidden + attention + inner * (2 if llama else 1) + (2 * gathered if s > 1 else 0)
+        return kept + (hidden if config.dropout and t > 1 and not llama else 0)  # the last sum, on its way to bias and mask
+    attention += q + kv if fused and llama else 0
+    statistics = 2 * (4 if llama else 8) / s
+    masks = 2 * config.hidden_size / s if config.dropout else 0
+    return 2 * (hidden + gathered) + attention + inner * (4 if llama else 2) + statistics + masks
+
+
+def count_head_activations(
+    config: ModelConfig, element_bytes: int, tensor_parallel: int = 1, sequence_parallel: bool = False
+) -> float:
+    """Bytes per token that the last norm, the head and the loss keep on one rank: fp32 probabilities over the vocabulary."""
+    s = tensor_parallel if sequence_parallel else 1
+    statistics = (4 if config.architecture == "llama" else 8) / s
+    return config.hidden_size * element_bytes * (1 + 1 / s) + statistics + 4 * config.vocab_size / tensor_parallel

@@ -31,4 +31,4 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
-    return torch.randn(shape, generator=generator) * std
+    return torch.randn(shape, generator=generator).mul_(std)

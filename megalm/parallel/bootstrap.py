@@ -108,7 +108,9 @@ def _open_store(place: Place, timeout: timedelta) -> dist.Store:
         return dist.HashStore()
     serves = place.rank == 0 and not place.store_is_served
     try:
-        return dist.TCPStore(place.address, place.port, place.world_size, is_master=serves, timeout=timeout, wait_for_workers=False)
+        return dist.TCPStore(
+            place.address, place.port, place.world_size, is_master=serves, timeout=timeout, wait_for_workers=False
+        )
     except dist.DistError as error:
         where = f"{place.address}:{place.port}"
         seconds = int(timeout.total_seconds())

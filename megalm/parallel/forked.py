@@ -74,7 +74,12 @@ class _Run:
     """In the fork: what `python -m module arguments...` does. A class, because the fork server gets it pickled."""
 
     def __init__(
-        self, module: str, arguments: list[str], environ: dict[str, str], log_file: Path | None, first: tuple[Callable[[], None], ...]
+        self,
+        module: str,
+        arguments: list[str],
+        environ: dict[str, str],
+        log_file: Path | None,
+        first: tuple[Callable[[], None], ...],
     ):
         self.module, self.arguments, self.environ, self.log_file, self.first = module, arguments, environ, log_file, first
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C import _distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
@@ -48,9 +48,9 @@ def apply_recompute(model: nn.Module, mode: str, every: int, group: Group) -> No
     blocks: Any = model.layers
     for name, block in blocks.items():
         if int(name) % every == 0:
-            extra = {"context_fn": _Selection(group)} if mode == "selective" else {}
             # Without random state: dropout's masks are a function of seed and place (models/dropout.py).
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **extra)
+            repeated = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = partial(repeated, context_fn=_Selection(group)) if mode == "selective" else repeated
 
 
 class _Selection:
@@ -178,4 +178,4 @@ def _finished_work() -> Any:
     """Not the collective's own work: that one holds on to its inputs, and gloo's writes its output again when waited for."""
     future: torch.futures.Future = torch.futures.Future()
     future.set_result(None)
-    return _create_work_from_future(future).boxed()
+    return _distributed_c10d._create_work_from_future(future).boxed()  # type: ignore[attr-defined]

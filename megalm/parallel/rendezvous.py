@@ -16,7 +16,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist

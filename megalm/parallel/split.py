@@ -6,6 +6,7 @@ layers, in the order of the model.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ Cost = Callable[[int, range], float]
 def even_split(num_layers: int, num_stages: int) -> list[int]:
     """As even as possible; where it does not divide, the later stages have one more."""
     bounds = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
-    return [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [stop - start for start, stop in itertools.pairwise(bounds)]
 
 
 def layers_of_stage(stage: int, split: Sequence[int]) -> range:

@@ -156,7 +156,7 @@ class _EnterRegion:
         return enter(y, self.group, meanwhile=self.meanwhile)
 
 
-Split = Callable[[nn.Parameter, int], nn.Parameter]
+Split = Callable[[Tensor, int], nn.Parameter]
 LINEAR = ("column", "heads", "logits", "row")  # the styles of matrix products
 STYLES = (*LINEAR, "vocab", "norm", "sequence")
 
@@ -170,7 +170,7 @@ def _split(topology: Topology, pad: bool = False, heads: int = 0) -> Split:
     size, rank = topology.tensor.size, topology.tensor.rank
     copies = size // heads if heads and size > heads else 1
 
-    def split(parameter: nn.Parameter, dim: int) -> nn.Parameter:
+    def split(parameter: Tensor, dim: int) -> nn.Parameter:
         shape, whole = list(parameter.shape), parameter.shape[dim]
         assert pad or whole * copies % size == 0, f"{shape} does not divide by {size} along {dim}"
         length = -(-whole * copies // size)

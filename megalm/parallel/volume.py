@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from megalm.config.run import RunConfig
 from megalm.parallel.actions import Schedule
-from megalm.parallel.volume_data import data_parallel_calls
+from megalm.parallel.volume_data import data_parallel_calls, is_recomputed
 from megalm.parallel.volume_parts import ITEM_BYTES, Call, Part
 
 
@@ -63,11 +63,9 @@ def group_sizes(config: RunConfig, schedule: Schedule) -> dict[str, int]:
 
 
 def is_covered(config: RunConfig) -> bool:
-    """Whether there are formulae: not for ZeRO with offload, hierarchical partition or quantised communication, nor for what
-    ZeRO-3 gathers while it recomputes."""
+    """Whether there are formulae: not for ZeRO with offload, hierarchical partition or quantised communication."""
     parallel = config.parallel
-    plain = parallel.zero_offload == "none" and not parallel.zero_node_size and not parallel.zero_quantized
-    return plain and (parallel.zero < 3 or config.train.recompute == "none")
+    return parallel.zero_offload == "none" and not parallel.zero_node_size and not parallel.zero_quantized
 
 
 def predict(config: RunConfig, schedule: Schedule, rank: int, parts: Mapping[int, Sequence[Part]]) -> Volume:
@@ -113,9 +111,8 @@ def _forward_again(config: RunConfig, paths: Sequence[str]) -> tuple[int, int]:
 
     The second forward ends with the last thing that the backward needs: without dropout that lies in front of a block's last g.
     """
-    train = config.train
-    layers = {int(path.split(".")[1]) for path in paths if path.startswith("layers.")}
-    again = sum(layer % train.recompute_every == 0 for layer in layers) if train.recompute == "full" else 0
+    blocks = {path.split(".")[1] for path in paths if path.startswith("layers.") and is_recomputed(path, config)}
+    again = len(blocks) if config.train.recompute == "full" else 0
     return 2 * again, (2 if config.model.dropout else 1) * again
 
 

@@ -15,12 +15,9 @@ from megalm.parallel.volume_parts import ITEM_BYTES, Call, Part
 
 FLAT_BUCKET_ELEMENTS = 500_000_000  # of DeepSpeed's bf16 optimizer
 ALIGNMENT = 2  # DeepSpeed pads a flat group to a multiple of this x the copies
-_TAKE_TOKENS = ("embedding", "position_embedding")  # modules whose input is numbers
 
 
-def data_parallel_calls(
-    config: RunConfig, schedule: Schedule, rank: int, parts: Mapping[int, Sequence[Part]]
-) -> Iterator[Call]:
+def data_parallel_calls(config: RunConfig, schedule: Schedule, rank: int, parts: Mapping[int, Sequence[Part]]) -> Iterator[Call]:
     """Gradients, weights and the gradients' norm, in one step."""
     held = [part for stage in parts.values() for part in stage]
     groups = [group for group in _groups(held) if group]
@@ -119,36 +116,37 @@ def is_flat_bf16(config: RunConfig) -> bool:
 
 
 def gathers(config: RunConfig, schedule: Schedule, rank: int, parts: Mapping[int, Sequence[Part]]) -> Iterator[int]:
-    """ZeRO-3: the bytes of each gathering of weights, by following the schedule.
-
-    A module's weights are gathered when it is entered, in forward and in backward, and released when it is left. DeepSpeed
-    knows that a backward has left a module by a counter that each forward sets to one: of several backwards without a forward
-    in between, the first alone releases. Nor does it notice the end of an embedding's backward, as no gradient goes to token
-    numbers. What is not released stays until the module's next forward has left it, or until the step.
-    """
+    """ZeRO-3: the bytes of each gathering of weights: a module's, when a forward or a backward enters it."""
     copies, item = config.data_parallel, ITEM_BYTES[config.train.precision]
     modules = {stage: _modules(held) for stage, held in parts.items()}
     _share_tied(config, modules)
-    users: dict[str, set[tuple[int, str]]] = {}  # by parameter that is whole now: the modules that hold it so
-    expected: dict[tuple[int, str], bool] = {}  # by module: whether the next backward's end will be noticed
     for action in schedule.actions[rank]:
-        if action.kind == WEIGHT:
-            continue
-        forward = action.kind == FORWARD
-        order = list(modules[action.stage].items())
-        for path, used in order if forward else reversed(order):
-            module = action.stage, path
-            missing = [part for part in used if part.name not in users]
-            if missing:
-                yield sum(_padded(part, copies) for part in missing) * item
-            for part in used:
-                users.setdefault(part.name, set()).add(module)
-            if forward or expected[module]:
-                for part in used:
-                    users[part.name].discard(module)
-                    if not users[part.name]:
-                        del users[part.name]
-            expected[module] = forward and path not in _TAKE_TOKENS
+        held = modules[action.stage] if action.kind != WEIGHT else {}
+        for path in _entered(list(held), action.kind == FORWARD, config):
+            yield sum(_padded(part, copies) for part in held[path]) * item
+
+
+def _entered(paths: list[str], forward: bool, config: RunConfig) -> Iterator[str]:
+    """The modules that one action enters.
+
+    The backward of a block that is recomputed runs its forward again. Without dropout its last module, where the backward
+    begins, asks for that; it has been entered then, and the second forward stops in it.
+    """
+    if forward:
+        yield from paths
+        return
+    last = {".".join(path.split(".")[:2]): path for path in paths}
+    for path in paths:
+        is_last = path in last.values()
+        yield path
+        if is_recomputed(path, config) and (config.model.dropout or not is_last):
+            yield path
+
+
+def is_recomputed(path: str, config: RunConfig) -> bool:
+    """Whether a module is (in) a block whose forward the backward repeats."""
+    train = config.train
+    return train.recompute != "none" and path.startswith("layers.") and int(path.split(".")[1]) % train.recompute_every == 0
 
 
 def _modules(parts: Sequence[Part]) -> dict[str, list[Part]]:

@@ -32,7 +32,7 @@ from megalm.parallel.engine import WEIGHT, Engine, MakeOptimizer, ParameterGroup
 from megalm.parallel.loss_scale import LossScale
 from megalm.parallel.tensor_parallel import shard_of
 from megalm.parallel.topology import Topology
-from megalm.parallel.zero_config import ModelParallelUnit, deepspeed_config, import_deepspeed, make_node_groups
+from megalm.parallel.zero_config import ModelParallelUnit, deepspeed_config, import_deepspeed, make_node_groups, prepare_nvme
 from megalm.parallel.zero_reduce import FlatGradients, InBackward, OncePerStep, Reduction, complete_partial_gradients
 
 
@@ -63,6 +63,8 @@ class ZeroEngine(Engine):
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         make_node_groups(topology, parallel.zero_node_size)
+        if parallel.zero_offload == "nvme":
+            prepare_nvme(parallel.zero_offload_path)
         optimizer = make_optimizer(
             [{"params": list(g.parameters.values()), "weight_decay": g.weight_decay} for g in groups]
         )
@@ -76,8 +78,10 @@ class ZeroEngine(Engine):
         self._check_understood(precision, clip)
         if self.stage == 2 and precision != torch.float32 and accumulate_fp32:
             self.optimizer.use_grad_accum_attribute = True  # else gradients pass through a bucket of low precision
+        self.releasing: list[Any] = []
         if self.stage == 3:
             self._correct_stage3_norm()
+            self.releasing = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
         self.aliased = type(self.optimizer).__name__ == "BF16_Optimizer"  # bf16 ZeRO-1: flat fp32 gradients of its own
         self.reduction: Reduction = FlatGradients() if self.aliased else OncePerStep()
         if parallel.zero_reduce == "microbatch":
@@ -129,8 +133,16 @@ class ZeroEngine(Engine):
             if not self.reduction.in_backward:
                 self._reduce_model_parallel()
 
+    def before_backward(self) -> None:
+        """ZeRO-3 releases a module's weights when its backward ends, which it tells by a counter that each forward sets to one:
+        of several backwards in a row the first alone would release, and the others leave a whole stage gathered."""
+        for module in self.releasing:
+            module.ds_grads_remaining = 1
+
     def after_backward(self) -> None:
         self.reduction.after_backward(self.deepspeed)
+        if self.stage == 3:  # an embedding's end is not noticed: no gradient goes to token numbers
+            self.optimizer.parameter_offload.release_backward_leftovers()
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """DeepSpeed averages over data parallel ranks; the contract is a sum. In fp16 see `_tell_scale`."""
@@ -143,6 +155,8 @@ class ZeroEngine(Engine):
         self.deepspeed.step()
         self.skipped = bool(self.optimizer.overflow)
         self.steps_done += not self.skipped
+        if self.skipped and self.stage < 3:  # DeepSpeed forgets it with offload: every later step would overflow too
+            self.optimizer.averaged_gradients = dict.fromkeys(self.optimizer.averaged_gradients)
         if self.loss_scale is not None:
             self.loss_scale.update(self.skipped)
             self._tell_scale()
@@ -199,8 +213,9 @@ class ZeroEngine(Engine):
     def prepare_load(self, steps_done: int) -> None:
         self.steps_done = steps_done
         inner = self.optimizer.optimizer
-        for flat in self._flat_masters():
-            inner.state[flat] = initial_state(flat, steps_done)
+        for i, flat in enumerate(self._flat_masters()):
+            with self._in_memory(i):
+                inner.state[flat] = initial_state(flat, steps_done)
         self._moments_linked = False
         self._link_moments()
 
@@ -209,9 +224,20 @@ class ZeroEngine(Engine):
         if self.stage == 3:
             self.optimizer._partition_all_parameters()
             for i in range(len(self.optimizer.fp16_groups)):
-                self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
+                with self._in_memory(i):
+                    self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
         else:
             self.optimizer.update_lp_params()
+
+    @contextmanager
+    def _in_memory(self, group: int) -> Iterator[None]:
+        """Master weights and moments of one group; they may be on a disk (nvme)."""
+        swapped = self.stage == 3 and self.optimizer._swappable_optimizer_subgroup(group)
+        if swapped:
+            self.optimizer._optimizer_states_and_gradient_swap_in(group)
+        yield
+        if swapped:
+            self.optimizer._optimizer_states_and_gradient_swap_out(group)
 
     def _flat_masters(self) -> list[Tensor]:
         if self.aliased:

@@ -6,12 +6,16 @@ import logging
 import sys
 import types
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megalm.config.parallel import ParallelConfig
+from megalm.doctor import missing_for_nvme
+from megalm.errors import Problem, RunError, writing
+from megalm.log import log
 from megalm.parallel.memory import BUCKET_ELEMENTS
 from megalm.parallel.topology import Topology
 
@@ -80,11 +84,15 @@ def import_deepspeed() -> Any:
     """DeepSpeed, quiet, and without two things that cost seconds at the start of every rank and serve nothing here.
 
     Its shared memory op compiles for 70 s at first use, for inference only. Its Muon optimizer is imported by every engine,
-    for an isinstance check, and pulls in torch.compile: 1 s, and 4 s where four ranks share two cores.
+    for an isinstance check, its update by the reduction of stages 1 and 2, for nothing, and each pulls in torch.compile: 1 s,
+    and 4 s where four ranks share two cores.
     """
     muon = types.ModuleType("deepspeed.runtime.zero.muon.muon_optimizer")
     muon.MuonWithAuxAdam = type("MuonWithAuxAdam", (torch.optim.Optimizer,), {})  # type: ignore[attr-defined]
     sys.modules.setdefault(muon.__name__, muon)
+    update = types.ModuleType("deepspeed.runtime.zero.muon.original_muon")
+    update.muon_update = None  # type: ignore[attr-defined]
+    sys.modules.setdefault(update.__name__, update)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="deepspeed")
     import deepspeed
@@ -94,6 +102,18 @@ def import_deepspeed() -> Any:
     bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # it prints to the console, a dozen times
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def prepare_nvme(folder: str) -> None:
+    """Make the folder; raise RunError if it cannot be made, or if what DeepSpeed builds its disk access from is absent."""
+    missing = missing_for_nvme()
+    if missing:
+        rule = f"nvme needs {' and '.join(missing)} on every machine, to build DeepSpeed's access to the disk"
+        fix = f"apt-get install {' '.join(missing)}, or parallel.zero_offload=cpu"
+        raise RunError(Problem("parallel.zero_offload", "nvme", rule, "", fix))
+    with writing(Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    log("the first start with parallel.zero_offload=nvme compiles for some minutes")
 
 
 def make_node_groups(topology: Topology, node_size: int) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from megalm.config.run import RunConfig
 from megalm.data.corpus import Corpus
 from megalm.data.loader import Batch, Loader
 from megalm.data.packing import GPTDataset
+from megalm.errors import ConfigError, Problem
+from megalm.models.decoder import Decoder
 from megalm.models.init import initial_value
 from megalm.models.layers import Dropout, FusesProjections
 from megalm.models.plans import PLANS, TIED
@@ -68,6 +71,7 @@ def build_job(config: RunConfig, topology: Topology, corpus: Corpus, draw: bool 
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
     ranks, chunks_each = parallel.pipeline_parallel, parallel.chunks
     schedule = build_schedule(parallel.schedule, ranks, config.num_microbatches, chunks_each, parallel.schedule_file)
+    check_reduction(config, schedule)
     queue = build_queue(config, schedule)
     stages = schedule.stages_of(topology.pipeline.rank)
     place = build_place(config, topology, dtype)
@@ -93,18 +97,26 @@ def build_job(config: RunConfig, topology: Topology, corpus: Corpus, draw: bool 
     return Job(config, topology, stages, chunks, engine, executor, evaluator, loader, valid, corpus)
 
 
+def check_reduction(config: RunConfig, schedule: Schedule) -> None:
+    """Raise ConfigError for a user's schedule with halves of the backward that ZeRO's hooks would not see."""
+    if config.parallel.zero_reduce == "microbatch" and schedule.splits_backward:
+        rule = f"microbatch needs whole backwards (B), and {config.parallel.schedule_file} has halves (I, W)"
+        raise ConfigError(Problem("parallel.zero_reduce", "microbatch", rule, "", "parallel.zero_reduce=step"))
+
+
 def build_queue(config: RunConfig, schedule: Schedule) -> WeightGradients | None:
-    """The queue of weight gradients, if anything makes them wait; ZeRO's hooks in the backward need them at once."""
+    """The queue of weight gradients, if anything makes them wait; ZeRO's hooks in the backward need them at once.
+
+    ZeRO-3 has one too: torch's linear keeps a view of its weight for the backward, and with it the gathered weight.
+    """
     parallel = config.parallel
-    overlap = parallel.overlap and parallel.tensor_parallel > 1
-    if parallel.zero and parallel.zero_reduce == "microbatch":
-        return None
-    return WeightGradients(overlap) if overlap or schedule.splits_backward else None
+    overlap = parallel.overlap and parallel.tensor_parallel > 1 and parallel.zero_reduce == "step"
+    return WeightGradients(overlap) if overlap or schedule.splits_backward or parallel.zero == 3 else None
 
 
 def share_tied(chunks: nn.ModuleList) -> None:
     """Where first and last stage are on one rank, tied embeddings are one parameter."""
-    first, last = chunks[0], chunks[-1]
+    first, last = cast(Decoder, chunks[0]), cast(Decoder, chunks[-1])
     if first is not last and last.config.tie_embeddings and first.embedding is not None and last.head is not None:
         last.head.weight = first.embedding.weight
 
@@ -153,16 +165,23 @@ def apply_initial_weights(
         for leaf, empty in list(module.named_parameters(recurse=False)):
             name = f"{path}.{leaf}".lstrip(".")
             if id(empty) not in made:
-                shard = shard_of(empty)
-                part = torch.zeros(empty.shape)
                 if draw:
-                    whole = initial_value(tied.get(name, name), shard.global_shape, config.model, config.train.seed)
-                    part = local_slice(empty, tuple(empty.shape), whole)
-                made[id(empty)] = nn.Parameter(part.to(device=device, dtype=dtype, copy=True).contiguous())
-                made[id(empty)].shard = shard  # type: ignore[attr-defined]
+                    part = draw_part(empty, tied.get(name, name), config, dtype, device)
+                else:
+                    part = torch.zeros(empty.shape, dtype=dtype, device=device)
+                made[id(empty)] = nn.Parameter(part)
+                made[id(empty)].shard = shard_of(empty)  # type: ignore[attr-defined]
                 if place is not None:
                     place(made[id(empty)])
             setattr(module, leaf, made[id(empty)])
+
+
+def draw_part(empty: nn.Parameter, name: str, config: RunConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """This rank's part of a parameter's initial value. The whole one, in fp32, is there only while this function runs."""
+    whole = initial_value(name, shard_of(empty).global_shape, config.model, config.train.seed)
+    part = local_slice(empty, tuple(empty.shape), whole).to(device=device, dtype=dtype)
+    in_larger = part.untyped_storage().nbytes() > part.nbytes  # a view would keep the whole alive
+    return part.clone(memory_format=torch.contiguous_format) if in_larger else part.contiguous()
 
 
 def named_parameters(chunks: nn.ModuleList) -> dict[str, nn.Parameter]:

@@ -99,6 +99,8 @@ def _fault(what: str, limit: str, word: str, found: list[_Found]) -> list[str]:
     most, largest = max(found, key=lambda f: math.inf if math.isnan(f[1]) else f[1])
     if len(found) == 1:
         return [f"{what} by {difference:.1e}{limit} {word} {place}"]
+    if most == place:
+        return [f"{what} by {largest:.1e}{limit}, first and most {word} {place}"]
     return [f"{what} by {largest:.1e}{limit}: first {word} {place} (by {difference:.1e}), most {word} {most}"]
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from megalm.train.comparison import model_order
 from megalm.train.record import GRADIENT, OUTPUT, OUTPUT_GRADIENT, Piece, read_pieces
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
-"""Largest difference that counts as rounding, as a part of the module's largest value: measured 1e-6 in fp32 at most."""
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
+"""Largest difference that counts as rounding, as a part of the module's largest value. Measured in fp32: 2e-7 in the first step,
+and 7e-5 in the second, where Adam has made steps out of the rounding of the smallest gradients."""
 
 _MEANS = {OUTPUT: "forward", OUTPUT_GRADIENT: "backward: the gradient of its output", GRADIENT: "gradient of the parameter"}
 _TINY = 1e-6  # of the largest value of its kind: what is all rounding is not judged by its own size

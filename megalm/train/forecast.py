@@ -1,17 +1,153 @@
-"""What follows from a configuration before anything runs, without torch: layers per stage."""
+"""What follows from a configuration before anything runs, without torch: layers per stage, and memory per rank.
+
+Here the model's counts (models/count.py) meet the cluster's (split.py, memory.py, the schedules).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
 from megalm.config.run import RunConfig
 from megalm.config.stage_split import AUTO, explicit_split
-from megalm.parallel.split import even_split
+from megalm.models.count import (
+    count_block_activations,
+    count_head_activations,
+    count_stage_flops_per_token,
+    count_stage_parameters,
+)
+from megalm.parallel.memory import ModelStates, model_states
+from megalm.parallel.schedules import BACKWARD, FORWARD, WEIGHT, Schedule, build_schedule
+from megalm.parallel.split import Cost, balanced_split, even_split, layers_of_stage
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_HELD = {FORWARD: 1, BACKWARD: -1, WEIGHT: -1}
+_STEADY = 4  # microbatches per rank after which a schedule holds no more activations than before
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank: model states, and activations where the schedule holds most of them."""
+
+    states: ModelStates
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """What the device must hold, without temporary buffers."""
+        return self.states.on_device + self.activations
 
 
 def layers_per_stage(config: RunConfig, num_stages: int) -> list[int]:
-    """Layers of each stage along the model, as `parallel.stage_split` says; one stage has them all."""
+    """Layers of each stage along the model, as `parallel.stage_split` says; one stage has them all.
+
+    auto: the slowest stage is as fast as it can be; of equals, the one that needs most memory needs as little as it can.
+    """
     layers, wanted = config.model.num_layers, config.parallel.stage_split
     if num_stages == 1:
         return [layers]
     if wanted == AUTO:
-        return even_split(layers, num_stages)
+        return balanced_split(layers, num_stages, [_work(config, num_stages), _memory(config, num_stages)])
     return list(explicit_split(wanted) or even_split(layers, num_stages))
+
+
+def predict_memory(config: RunConfig) -> list[RankMemory]:
+    """Of each rank of the pipeline."""
+    schedule = _schedule(config)
+    split = layers_per_stage(config, schedule.num_stages)
+    stages = [layers_of_stage(stage, split) for stage in range(schedule.num_stages)]
+    kept = [_kept(config, stage, layers, schedule.num_stages) for stage, layers in enumerate(stages)]
+    again = 0.0  # while one block's backward runs, all of it is there
+    if config.train.recompute != "none":
+        again = max(_kept_by_block(config, "none") - _kept_by_block(config, config.train.recompute), 0.0)
+    ranks = []
+    for rank, actions in enumerate(schedule.actions):
+        held = accumulate(_HELD.get(action.kind, 0) * kept[action.stage] for action in actions)
+        parameters = sum(_parameters(config, s, len(stages[s]), len(stages)) for s in schedule.stages_of(rank))
+        ranks.append(RankMemory(_states(config, parameters), max(held, default=0.0) + again))
+    return ranks
+
+
+def _schedule(config: RunConfig) -> Schedule:
+    parallel, count = config.parallel, config.num_microbatches
+    if parallel.schedule != "csv":
+        count = min(count, _STEADY * parallel.pipeline_parallel)
+    return build_schedule(parallel.schedule, parallel.pipeline_parallel, count, parallel.chunks, parallel.schedule_file)
+
+
+def _work(config: RunConfig, num_stages: int) -> Cost:
+    """FLOPs of a stage for one token; blocks that are recomputed run forward twice."""
+    block = count_stage_flops_per_token(config.model, config.data.seq_length, 1, False)
+    head = count_stage_flops_per_token(config.model, config.data.seq_length, 0, True)
+
+    def cost(stage: int, layers: range) -> float:
+        again = sum(_mode(config, i) == "full" for i in layers)
+        return len(layers) * block + again * block / 3 + (head if stage == num_stages - 1 else 0)
+
+    return cost
+
+
+def _memory(config: RunConfig, num_stages: int) -> Cost:
+    """Bytes of a stage: its states, and the activations that the schedule lets it hold at once."""
+    held = _held_by_stage(_schedule(config))
+    assert len(held) == num_stages, f"the schedule has {len(held)} stages, not {num_stages}"
+
+    def cost(stage: int, layers: range) -> float:
+        states = _states(config, _parameters(config, stage, len(layers), num_stages))
+        return states.on_device + held[stage] * _kept(config, stage, layers, num_stages)
+
+    return cost
+
+
+def _held_by_stage(schedule: Schedule) -> Sequence[int]:
+    """By stage: the most microbatches between their forward and their backward."""
+    held, most = [0] * schedule.num_stages, [0] * schedule.num_stages
+    for actions in schedule.actions:
+        for kind, stage, _ in actions:
+            held[stage] += _HELD.get(kind, 0)
+            most[stage] = max(most[stage], held[stage])
+    return most
+
+
+def _parameters(config: RunConfig, stage: int, num_layers: int, num_stages: int) -> int:
+    """On one tensor parallel rank; norms, which every rank has whole, are too few to matter."""
+    whole = count_stage_parameters(config.model, num_layers, stage == 0, stage == num_stages - 1)
+    return -(-whole // config.parallel.tensor_parallel)
+
+
+def _states(config: RunConfig, parameters: int) -> ModelStates:
+    parallel, train = config.parallel, config.train
+    return model_states(
+        parameters,
+        config.data_parallel,
+        parallel.zero,
+        train.precision,
+        in_backward=parallel.zero > 0 and parallel.zero_reduce == "microbatch",
+        accumulate_fp32=train.accumulate_fp32,
+        offload=parallel.zero > 0 and parallel.zero_offload != "none",
+    )
+
+
+def _mode(config: RunConfig, layer: int) -> str:
+    """How a block is recomputed."""
+    return config.train.recompute if layer % config.train.recompute_every == 0 else "none"
+
+
+def _kept_by_block(config: RunConfig, mode: str) -> float:
+    """Bytes that one block keeps of one microbatch."""
+    parallel, fused = config.parallel, config.kernels.fuse_projections and config.parallel.zero < 3
+    sizes = (_BYTES[config.train.precision], parallel.tensor_parallel, parallel.sequence_parallel)
+    per_token = count_block_activations(config.model, mode, *sizes, fused=fused)
+    return per_token * config.train.micro_batch_size * config.data.seq_length
+
+
+def _kept(config: RunConfig, stage: int, layers: range, num_stages: int) -> float:
+    """Bytes that a stage keeps of one microbatch, with the head's."""
+    again = sum(_mode(config, i) == config.train.recompute for i in layers)
+    kept = again * _kept_by_block(config, config.train.recompute) + (len(layers) - again) * _kept_by_block(config, "none")
+    if stage == num_stages - 1:
+        parallel, precision = config.parallel, config.train.precision
+        head = count_head_activations(config.model, _BYTES[precision], parallel.tensor_parallel, parallel.sequence_parallel)
+        kept += head * config.train.micro_batch_size * config.data.seq_length
+    return kept

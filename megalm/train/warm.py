@@ -11,8 +11,8 @@ from megalm.models.registry import build_model
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for a GPU when it is imported, and a fork can have none
 
-import megalm.train.pretrain  # noqa: E402, F401
-from megalm.parallel.zero_config import import_deepspeed  # noqa: E402
+import megalm.train.pretrain  # noqa: F401
+from megalm.parallel.zero_config import import_deepspeed
 
 import_deepspeed()
 with torch.device("meta"):  # a model's first initialisation on the meta device imports hundreds of modules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megalm.config.layouts import layout_node, with_layout
+from megalm.config.layouts import candidate_layouts, layout_node, sample_layouts, with_layout, with_model
 from megalm.config.parallel import layout_name
 from megalm.config.run import RunConfig
 
@@ -23,6 +23,27 @@ def test_what_the_name_leaves_out_is_the_default() -> None:
     assert config.parallel.tensor_parallel == 1
     assert config.parallel.zero == 0
     assert config.cluster.num_processes == 2
+
+
+def test_another_architecture_derives_anew_what_it_had_derived() -> None:
+    llama = RunConfig()
+    gpt = with_model(llama, "gpt")
+    assert (gpt.model.architecture, gpt.model.tie_embeddings) == ("gpt", True)
+    assert gpt.model.ffn_size == 4 * gpt.model.hidden_size != llama.model.ffn_size
+    assert with_model(gpt, "llama").model == llama.model
+
+
+def test_candidates_are_few_first_and_each_once() -> None:
+    names = candidate_layouts(8)
+    sizes = [with_layout(RunConfig(), name).cluster.num_processes for name in names]
+    assert sizes == sorted(sizes) and sizes[-1] == 8 and len(set(names)) == len(names)
+    assert all(with_layout(RunConfig(), name).cluster.num_processes <= 2 for name in candidate_layouts(2))
+
+
+def test_a_sample_shows_every_schedule_and_each_pair_of_axes() -> None:
+    legal = ["dp2", "pp2", "pp2_gpipe", "pp2_dp2", "tp2", "tp2_dp2", "tp2_pp2_gpipe", "dp8"]
+    assert sample_layouts(legal) == ["pp2_dp2", "tp2_dp2", "tp2_pp2_gpipe"]  # the smaller ones show nothing more
+    assert sample_layouts([]) == []
 
 
 @pytest.mark.parametrize("name", ["foo", "tp0", "dp0", "zero4", "tp2_x"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalm.config.fields import leaves
+from megalm.config.fields import flatten, leaves
 from megalm.config.reference import markdown, option_lines
 from megalm.config.run import ROOTS
 from megalm.config.validate import RULES
@@ -24,7 +24,9 @@ def test_the_page_names_every_key_and_rule() -> None:
 
 
 def test_option_lines_show_default_help_and_choices() -> None:
-    lines = "\n".join(option_lines(ROOTS["pretrain"]))
+    values = flatten(ROOTS["pretrain"]()) | {"train.steps": 7}
+    lines = "\n".join(option_lines(ROOTS["pretrain"], values))
+    assert "train.steps=7" in lines
     assert "optim.schedule=cosine" in lines
     assert "[cosine, linear, constant, inverse_sqrt, wsd]" in lines
     assert "peak learning rate" in lines

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megalm.config import fields
 from megalm.config.load import examine, load
 from megalm.config.run import ParityRun, RunConfig
-from megalm.config.validate import RULES, check, split_shares, validate
+from megalm.config.validate import RULES, check, expand_layouts, split_shares, validate
 from megalm.errors import ConfigError, Problem
 
 # row of the table: a config that breaks it, as {dotted key: value}
@@ -48,15 +48,43 @@ BREAKS: dict[str, dict[str, Any]] = {
     "eval_has_data": {"data.split": "1,0,0", "train.eval_every": 5},
     "patience_used": {"train.patience": 1},
     "lr_order": {"optim.min_lr": 1.0},
+    "record_step_used": {"train.record_step": 2},
+    "record_step_runs": {"train.record": "records", "train.record_step": 1001},
     "warmup_ends": {"optim.warmup_steps": 1000},
     "wsd_used": {"optim.wsd_decay_steps": 5},
     "wsd_fits": {"optim.schedule": "wsd", "optim.wsd_decay_steps": 600, "optim.warmup_steps": 500},
+    "microbatch_zero": {"parallel.zero_reduce": "microbatch", "parallel.zero": 1},
+    "microbatch_tied": {
+        "parallel.zero_reduce": "microbatch",
+        "parallel.zero": 2,
+        "parallel.pipeline_parallel": 2,
+        "model.tie_embeddings": True,
+    },
+    "microbatch_whole_backward": {
+        "parallel.zero_reduce": "microbatch",
+        "parallel.zero": 3,
+        "parallel.pipeline_parallel": 2,
+        "parallel.schedule": "zbh1",
+    },
+    "offload_zero": {"parallel.zero_offload": "cpu"},
+    "nvme_zero3": {"parallel.zero_offload": "nvme", "parallel.zero_offload_path": "/nvme", "parallel.zero": 2},
+    "nvme_path": {"parallel.zero_offload": "nvme", "parallel.zero": 3},
+    "nvme_path_used": {"parallel.zero_offload_path": "/nvme"},
+    "node_size_zero3": {"parallel.zero_node_size": 2, "parallel.zero": 2, "cluster.num_processes": 4},
+    "node_size_divides": {"parallel.zero_node_size": 3, "parallel.zero": 3, "cluster.num_processes": 4},
+    "quantized_zero3": {"parallel.zero_quantized": True, "parallel.zero": 2},  # on a machine with GPUs
+    "quantized_gpu": {"parallel.zero_quantized": True, "parallel.zero": 3},
+    "fp16_zero_device": {"train.precision": "fp16", "parallel.zero": 1},
+    "loss_scale_used": {"train.loss_scale": 8.0},
+    "loss_scale_window_used": {"train.loss_scale_window": 10},
+    "accumulation_used": {"train.accumulate_fp32": False},
     "cuda_present": {"cluster.device": "cuda"},
     "gpu_each": {"cluster.num_processes": 4},  # on a machine with two GPUs
     "launched": {"cluster.num_processes": 4},  # under a launcher that started two
 }
 MACHINES = {
     "gpu_each": {"CUDA_VISIBLE_DEVICES": "0,1"},
+    "quantized_zero3": {"CUDA_VISIBLE_DEVICES": "0,1"},
     "launched": {"RANK": "0", "WORLD_SIZE": "2"},
 }
 
@@ -177,6 +205,56 @@ def test_parity_names_the_layout_that_cannot_run(name: str) -> None:
     assert problems[0].fix == "'parity.layouts=[tp2]'"
     config.parity.layouts = ["tp2"]
     assert validate(config) == []
+
+
+@pytest.mark.parametrize("words", [["all"], ["all8"], ["all4"], ["sample"], ["tp2", "sample", "tp2"]])
+def test_words_for_layouts_stand_for_legal_ones(words: list[str]) -> None:
+    config, problems = examine(ParityRun, {"model": {"num_kv_heads": 2}, "parity": {"layouts": words}})
+    assert problems == []
+    names = expand_layouts(config)
+    assert len(names) == len(set(names)) and not set(names) & {"all", "sample"}
+    config.parity.layouts = names
+    assert validate(config) == []
+
+
+def test_all_layouts_are_many_and_the_sample_shows_each_of_their_traits() -> None:
+    config = ParityRun()
+    config.parity.layouts = ["all"]
+    every = expand_layouts(config)
+    assert 120 <= len(every) <= 200
+    assert {"tp2_sp_pp2_zbv", "pp2_dp2_zero3_microbatch", "tp2_sp_pp2_dp2_zero1", "dp4", "zero2"} <= set(every)
+    config.parity.layouts = ["all4"]
+    assert set(expand_layouts(config)) < set(every)
+    config.parity.layouts = ["sample"]
+    sample = expand_layouts(config)
+    assert 10 <= len(sample) <= 20 and set(sample) < set(every)
+    for part in ("tp4", "pp4", "dp4", "sp", "zero1", "zero3", "microbatch", "gpipe", "interleaved", "bfs", "zbh1", "zbv"):
+        assert any(part in name.split("_") for name in sample), part
+    assert expand_layouts(config) == sample, "the same each time"
+
+
+def test_the_rules_of_the_model_decide_what_all_means() -> None:
+    config, _ = examine(ParityRun, {"model": {"num_layers": 2}, "parity": {"layouts": ["all"]}})
+    assert not any("pp4" in name or "interleaved" in name for name in expand_layouts(config))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "fix"),
+    [
+        ({"models": ["lama", "gpt"]}, "parity.models", "'parity.models=[gpt]'"),
+        ({"report": "parity.txt"}, "parity.report", "parity.report=parity.html"),
+        ({"report": "a.html,b"}, "parity.report", "parity.report=parity.html"),
+    ],
+)
+def test_parity_names_what_is_wrong_with_its_section(section: dict, key: str, fix: str) -> None:
+    _, (problem,) = examine(ParityRun, {"parity": {"layouts": ["tp2"], **section}})
+    assert (problem.key, problem.fix) == (key, fix)
+    assert examine(ParityRun, {"parity": {"models": ["llama", "gpt"], "report": "a.html, b.md"}})[1] == []
+
+
+def test_a_layout_that_one_of_the_models_cannot_have_is_named() -> None:
+    raw = {"model": {"num_heads": 2, "head_dim": 3}, "parity": {"layouts": ["tp2"], "models": ["llama", "gpt"]}}
+    assert [problem.key for problem in examine(ParityRun, raw)[1]] == ["model.head_dim"]  # rope needs pairs, gpt has none
 
 
 def test_parity_reports_the_base_run_too() -> None:

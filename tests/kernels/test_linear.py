@@ -97,3 +97,17 @@ def test_neighbours_in_memory_are_joined_without_a_copy() -> None:
     for others in ([weights[0], weights[2]], [weights[1], weights[0]], [weights[0], nn.Parameter(torch.randn(2, 8))]):
         assert join(others).data_ptr() not in {w.data_ptr() for w in weights}
         assert torch.equal(join(others), torch.cat(others))
+
+
+@pytest.mark.parametrize(("ours", "kept_alive"), [(True, False), (False, True)], ids=["ours", "torch's"])
+def test_a_weight_that_is_released_after_the_forward_is_free(ours: bool, kept_alive: bool) -> None:
+    """ZeRO-3 gives a gathered weight back when its layer is left; torch's linear holds on to it through a view."""
+    x, (weight, *_), _ = parts(False)
+    saved = list[Tensor]()
+    gathered = weight.untyped_storage().data_ptr()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = linear(x, weight, None, Queue(holds=False)) if ours else F.linear(x, weight)
+    held = [t for t in saved if t is not weight and t.untyped_storage().data_ptr() == gathered]
+    assert bool(held) == kept_alive
+    y.sum().backward()
+    assert weight.grad is not None

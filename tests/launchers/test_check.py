@@ -59,6 +59,15 @@ def test_ok_lines() -> None:
     assert check("parity", ["layouts=[tp2,pp2]", "steps=3"]) == "ok: parity of tp2, pp2 against one rank, 3 steps"
 
 
+def test_layers_per_stage_and_memory() -> None:
+    large = ["model=llama_8b", "parallel=tp8_pp4", "train.global_batch_size=64", "train.precision=bf16"]
+    _, stages, memory = check("pretrain", [*large, "parallel.stage_split=auto"]).splitlines()
+    assert stages == "stages: 8+9+9+6 layers"
+    weights = (8 * 218_112_000 + 128256 * 4096) / 8 * 2 / 2**30  # 8 blocks and the embedding over 8 ranks, 2 bytes each
+    assert memory.startswith("memory: about ") and f"(weights {weights:.3g}, gradients {2 * weights:.3g}, optimizer" in memory
+    assert len(check("pretrain", []).splitlines()) == 2  # one stage: nothing to say of stages
+
+
 def test_unknown_verb() -> None:
     with pytest.raises(ConfigError, match="did you mean pretrain"):
         check("pretrian", [])

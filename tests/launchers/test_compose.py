@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.types import RunMode
 
+from megalm.config.reader import read
+from megalm.config.run import ROOTS
 from megalm.errors import Problem
+from megalm.launchers import compose
 from megalm.launchers.compose import inspect, parse
+from megalm.launchers.options import defaults
 
 
 def look(*arguments: str, verb: str = "pretrain") -> tuple[Any, list[Problem]]:
@@ -84,6 +90,8 @@ def test_the_verbs_own_section_may_be_left_out() -> None:
     assert config_of("layouts=[tp2_pp2,dp2_zero3]", "steps=7", verb="parity").parity.steps == 7
     assert config_of('prompt="1,2"', verb="generate").generate.prompt == "1,2"
     assert config_of("source=x", verb="prepare").prepare.source == "x"
+    assert config_of("steps=7", "trace=t.json", "train.seed=3").train.steps == 7
+    assert config_of("show", "num_microbatches=7", verb="pipeline").pipeline.num_microbatches == 7
 
 
 def test_order_of_defaults_group_file_key(tmp_path: Path) -> None:
@@ -172,7 +180,45 @@ def test_a_group_inside_a_file(tmp_path: Path) -> None:
     assert (problem.key, problem.fix) == ("model", "model=tiny")
 
 
+@pytest.mark.parametrize("verb", ROOTS)
+def test_help_shows_what_hydra_would_compose(verb: str) -> None:
+    command = parse(verb, [])
+    composed = compose._loader(command.options).load_configuration(verb, list(compose.HYDRA_SETTINGS), RunMode.RUN)
+    config, problems = read(ROOTS[verb], compose.plain(composed)[0])
+    assert problems == []
+    nested: dict = {}
+    for key, value in defaults(verb).items():
+        *sections, name = key.split(".")
+        reduce(lambda node, section: node.setdefault(section, {}), sections, nested)[name] = value
+    assert read(ROOTS[verb], nested) == (config, [])
+
+
 def test_parity_has_layouts_of_its_own() -> None:
     _, problems = look("parallel=tp2", "steps=0", verb="parity")
     assert [problem.key for problem in problems] == ["parallel", "parity.steps"]
     assert problems[0].fix == "'parity.layouts=[tp2]'"
+
+
+# --- a user's own schedule against the rest of the run -----------------------------------------------------------------
+
+_SWAPPED = "1F0,1B0,1F1,1B1\n0F0,0B0,0F1,0B1\n"  # the model's first stage on the second rank
+_HALVES = "0F0,0F1,0B0,0B1\n1F0,1I0,1W0,1F1,1B1\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "fix"),
+    [
+        (_SWAPPED, ["model=tiny_gpt", "model.tie_embeddings=true"], "model.tie_embeddings=false"),
+        (_HALVES, ["parallel.zero=2", "parallel.zero_reduce=microbatch"], "parallel.zero_reduce=step"),
+    ],
+    ids=["tied embeddings apart", "halves with hooks"],
+)
+def test_a_schedule_of_ones_own_must_suit_the_run(rows: str, arguments: list[str], fix: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text(rows)
+    common = ["parallel.pipeline_parallel=2", "parallel.schedule=csv", f"parallel.schedule_file={path}"]
+    sizes = ["train.global_batch_size=2", "train.micro_batch_size=1", "cluster.device=cpu"]
+    _, problems = inspect(parse("pretrain", [*common, *sizes, *arguments]))
+    assert [(problem.key, problem.fix) for problem in problems] == [("parallel.schedule_file", fix)]
+    _, problems = inspect(parse("pretrain", [*common, *sizes, *arguments, fix]))
+    assert problems == []

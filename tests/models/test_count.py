@@ -11,8 +11,17 @@ import yaml
 
 import megalm.conf
 from megalm.config.model import ModelConfig
-from megalm.models.count import count_block_parameters, count_flops_per_token, count_matmul_parameters, count_parameters
+from megalm.models.count import (
+    count_block_parameters,
+    count_flops_per_token,
+    count_head_activations,
+    count_matmul_parameters,
+    count_parameters,
+    count_stage_flops_per_token,
+    count_stage_parameters,
+)
 from megalm.models.registry import build_model
+from megalm_kernels import cross_entropy
 
 PRESETS = {path.stem: path for path in sorted(Path(megalm.conf.__path__[0], "model").glob("*.yaml"))}
 
@@ -41,6 +50,39 @@ def test_count_of_odd_shapes(architecture: str, tied: bool) -> None:
     assert count_parameters(config) == sum(p.numel() for p in model.parameters())
     matrices = [p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embedding" not in name]
     assert count_matmul_parameters(config) == sum(matrices) + (101 * 40 if tied else 0)
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_stages_add_up(architecture: str, tied: bool) -> None:
+    """To the model, but for the second copy of a tied embedding; FLOPs to the model's."""
+    config = ModelConfig(architecture, 101, 40, 5, 6, 2, 10, 52, 19, tie_embeddings=tied)
+    parts = [(2, True, False), (3, False, False), (0, False, True)]
+    copy = 101 * 40 if tied else 0
+    assert sum(count_stage_parameters(config, *part) for part in parts) == count_parameters(config) + copy
+    flops = [count_stage_flops_per_token(config, 19, layers, last) for layers, _, last in parts]
+    assert sum(flops) == count_flops_per_token(config, 19)
+    assert flops[2] == 6 * 101 * 40
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_head_keeps(dtype: torch.dtype) -> None:
+    """Against the tensors that autograd saves, the norm's input with them; logits in fp32 are saved as probabilities."""
+    config = ModelConfig("gpt", 301, 64, 1, 4, max_seq_length=32)
+    model = build_model(config).to(dtype)
+    x, labels = torch.randn(2, 32, 64, dtype=dtype, requires_grad=True), torch.randint(301, (64,))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.is_floating_point() and t.untyped_storage().data_ptr() not in weights:
+            saved[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        cross_entropy(model.head(model.norm(x)).flatten(0, 1), labels).sum()
+    kept = sum(t.untyped_storage().nbytes() for t in saved.values())
+    assert kept / 64 == pytest.approx(count_head_activations(config, dtype.itemsize), rel=0.01)
 
 
 # From the papers and the released weights. GPT-2's vocabulary is 50257 before padding; Llama 2's is 32000.

@@ -49,11 +49,11 @@ def outcomes(world_size: int, settings_of: dict[int, dict], seconds: float = 0.3
 
 
 def test_equal_configs_meet() -> None:
-    assert outcomes(3, {rank: SETTINGS for rank in range(3)}) == {0: None, 1: None, 2: None}
+    assert outcomes(3, dict.fromkeys(range(3), SETTINGS)) == {0: None, 1: None, 2: None}
 
 
 def test_missing_ranks_are_named_on_every_rank() -> None:
-    found = outcomes(8, {rank: SETTINGS for rank in (0, 1, 2, 4, 5, 6)})
+    found = outcomes(8, dict.fromkeys((0, 1, 2, 4, 5, 6), SETTINGS))
     assert set(found) == {0, 1, 2, 4, 5, 6}
     for error in found.values():
         assert isinstance(error, RunError)

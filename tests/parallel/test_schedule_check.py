@@ -119,10 +119,10 @@ def test_what_a_list_may_not_do(rank_0, words):
 
 
 def test_input_that_is_computed_but_has_not_travelled():
-    lists: Lists = [[Action(FORWARD, 0, 0)], [Action(FORWARD, 1, 0)]]
-    schedule = one_forward_one_backward(2, 1)
-    with pytest.raises(ValueError, match="1F0 runs before its input is"):
-        check_lists(schedule, lists)
+    F = FORWARD
+    lists: Lists = [[Action(F, 0, 0), FIRST, Action(F, 0, 1)], [FIRST, Action(F, 1, 0), Action(F, 1, 1)]]
+    with pytest.raises(ValueError, match="1F1 runs before its input is on rank 1"):
+        check_lists(one_forward_one_backward(2, 2), lists)
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------

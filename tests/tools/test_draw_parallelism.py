@@ -16,7 +16,7 @@ def test_all_figures_are_drawn(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert drawn and set(drawn) <= {path.name for path in (ROOT / "docs" / "images").iterdir()}
-    assert all(text.startswith("<?xml") for text in drawn.values())
+    assert all("<svg" in text for text in drawn.values())
     assert "attention.out" in drawn["tensor_parallel.svg"] and "microbatch" in drawn["zero.svg"]
     text = (ROOT / "docs" / "parallelism.md").read_text()
     assert all(f"images/{name}" in text for name in drawn)

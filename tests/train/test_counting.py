@@ -43,14 +43,14 @@ TWO: list[Case] = [
     ("gpt", "dp2_zero1", {"precision": "bf16"}),
     ("gpt", "dp2_zero2_microbatch", {"precision": "bf16"}),
     ("llama", "dp2_zero3", {"tie_embeddings": True, "precision": "bf16"}),
-    ("llama", "dp2_zero3_microbatch", {}),
+    ("llama", "dp2_zero3_microbatch", {"recompute": "full", "recompute_every": 2, "num_layers": 3}),
 ]
 EIGHT: list[Case] = [
     ("llama", "tp2_pp2_dp2_zero1", {}),
     ("gpt", "tp2_sp_pp2_dp2_zero2", {"tie_embeddings": True, "precision": "bf16"}),
     ("gpt", "tp2_sp_pp2_interleaved_dp2_zero3", {"tie_embeddings": True, "num_kv_heads": 1}),
     ("gpt", "tp2_pp2_zbv_dp2_zero3", {}),
-    ("llama", "tp2_pp2_bfs_dp2_zero3", {"precision": "bf16"}),
+    ("llama", "tp2_pp2_bfs_dp2_zero3", {"precision": "bf16", "recompute": "selective", "dropout": 0.1}),
     ("gpt", "tp2_sp_pp2_dp2_zero3_microbatch", {"num_kv_heads": 1}),
     ("llama", "tp2_sp_pp2_interleaved_dp2_zero2_microbatch", {"precision": "bf16"}),
     ("llama", "tp8_sp", {"num_kv_heads": 2}),
