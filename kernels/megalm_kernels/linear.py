@@ -31,7 +31,7 @@ class GradientQueue(Protocol):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, queue: GradientQueue | None = None) -> Tensor:
     """x W^T + b. x (..., E), weight (F, E), bias (F,) -> (..., F). With a queue, dW may be computed later."""
-    return F.linear(x, weight, bias) if queue is None else _Linears.apply(x, queue, False, weight, bias)[0]
+    return F.linear(x, weight, bias) if queue is None else _Linear.apply(x, weight, bias, queue)
 
 
 def linears(
@@ -41,7 +41,7 @@ def linears(
 
     Weights that lie one behind the other in memory (the engines' flat buffers) are used in place, others are joined first.
     """
-    return _Linears.apply(x, queue, True, *weights, *biases)
+    return _Linears.apply(x, queue, *weights, *biases)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
@@ -57,9 +57,29 @@ def join(parts: Sequence[Tensor]) -> Tensor:
     return first.detach().as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
 
 
+class _Linear(torch.autograd.Function):
+    """One layer: the same as `_Linears` with one, without what joining and splitting cost."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, queue: GradientQueue) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weights, ctx.queue, ctx.has_bias = (weight,), queue, bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        db = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
+        if ctx.queue.holds:
+            ctx.queue.add(ctx.weights, x, dy)
+            return dx, None, db, None
+        return dx, weight_gradient(x, dy), db, None
+
+
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, queue: GradientQueue | None, many: bool, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, queue: GradientQueue | None, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         weights = parameters[: len(parameters) // 2]
         biases = [bias for bias in parameters[len(weights) :] if bias is not None]
         ctx.save_for_backward(x, *weights)
@@ -67,19 +87,19 @@ class _Linears(torch.autograd.Function):
         ctx.queue, ctx.has_bias = queue, bool(biases)
         ctx.sizes = [weight.shape[0] for weight in weights if weight is not None]
         y = F.linear(x, join(weights), join(biases) if biases else None)  # type: ignore[arg-type]
-        return y.split(ctx.sizes, -1) if many else (y,)
+        return y.split(ctx.sizes, -1)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        dy = dys[0] if len(dys) == 1 else torch.cat(dys, -1)
+        dy = torch.cat(dys, -1)
         dx = dy @ join(weights) if ctx.needs_input_grad[0] else None
         none: list[Tensor | None] = [None] * len(weights)
         dbs = list(dy.flatten(0, -2).sum(0).split(ctx.sizes)) if ctx.has_bias else none
         if ctx.queue is not None and ctx.queue.holds:
             ctx.queue.add(ctx.weights, x, dy)
-            return dx, None, None, *none, *dbs
-        return dx, None, None, *weight_gradient(x, dy).split(ctx.sizes), *dbs
+            return dx, None, *none, *dbs
+        return dx, None, *weight_gradient(x, dy).split(ctx.sizes), *dbs
 
 
 def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:

@@ -101,4 +101,4 @@ class KernelsConfig:
     backend: str = knob(
         "auto", "auto: the fastest that works here, chosen once and reported", allowed=("auto", "torch")
     )
-    fuse_projections: bool = knob(True, "q, k and v in one matrix product, and gate and up; the parameters stay apart")
+    fuse_projections: bool = knob(False, "q, k and v in one matrix product, and gate and up; the parameters stay apart")

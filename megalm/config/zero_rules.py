@@ -153,4 +153,13 @@ RULES: tuple[Rule, ...] = (
         (_PRECISION, "bf16"),
         f"train.accumulate_fp32=false has no effect with {_PRECISION}=fp32",
     ),
+    needs(
+        "fuse_gathered",
+        "kernels.fuse_projections",
+        False,
+        _ZERO,
+        lambda c: c.parallel.zero < 3,
+        (_ZERO, 2),
+        f"kernels.fuse_projections has no effect with {_ZERO}=3, which gathers weights layer by layer",
+    ),
 )

@@ -79,12 +79,15 @@ class _CopyToRegion(torch.autograd.Function):
 
 class _SumFromRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group, in_place: bool) -> Tensor:
+        if in_place:
+            ctx.mark_dirty(x)
+            return all_reduce(x, group)
         return all_reduce(x.clone(memory_format=torch.contiguous_format), group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -114,9 +117,9 @@ def copy_to_region(x: Tensor, group: Group, meanwhile: Meanwhile | None = None) 
     return _CopyToRegion.apply(x, group, meanwhile) if group.size > 1 else x
 
 
-def sum_from_region(x: Tensor, group: Group) -> Tensor:
-    """g: leave it; the parts' contributions are summed."""
-    return _SumFromRegion.apply(x, group) if group.size > 1 else x
+def sum_from_region(x: Tensor, group: Group, in_place: bool = False) -> Tensor:
+    """g: leave it; the parts' contributions are summed. `in_place`: nobody else needs the part x, which is contiguous."""
+    return _SumFromRegion.apply(x, group, in_place) if group.size > 1 else x
 
 
 def gather_sequence(x: Tensor, group: Group, dim: int = 1, meanwhile: Meanwhile | None = None) -> Tensor:

@@ -11,6 +11,7 @@ travel back for those of floating point.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,11 @@ class Timed(NamedTuple):
     end: float
 
 
+# Older ones are waited for, which frees their tensors (gloo's works never complete by themselves). That cannot deadlock:
+# the schedule has been checked to run even if every exchange waits for its own sends.
+_SENDS_KEPT = 4
+
+
 def _nothing() -> None:
     pass
 
@@ -85,7 +91,7 @@ class PipelineExecutor:
         self._waiting: dict[tuple[int, int], Waiting] = {}
         self._ready: dict[Transfer, list[Tensor]] = {}  # computed here, to be sent or used by another chunk of this rank
         self._received: dict[Transfer, _Pending] = {}
-        self._sent: list[_Pending] = []
+        self._sent: deque[_Pending] = deque()
         self._losses: dict[int, Tensor] = {}
         for step in self.steps:
             if isinstance(step, Exchange):
@@ -183,7 +189,8 @@ class PipelineExecutor:
                 self._sent.append(pending)
             else:
                 self._received[transfer] = pending
-        self._sent = [p for p in self._sent if not all(work.is_completed() for work in p.works)]
+        while len(self._sent) > _SENDS_KEPT:
+            _wait(self._sent.popleft())
 
     def _empty(self, transfer: Transfer) -> list[Tensor]:
         """Where to receive a transfer: what its activation's source hands on, or gradients of that."""

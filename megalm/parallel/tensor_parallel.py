@@ -124,7 +124,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = linear(x, self.weight, None, self.queue)
-        y = scatter_sum(y, self.group) if self.sequence_parallel else sum_from_region(y, self.group)
+        y = scatter_sum(y, self.group) if self.sequence_parallel else sum_from_region(y, self.group, in_place=True)
         return y if self.bias is None else y + self.bias
 
 
@@ -141,7 +141,7 @@ class VocabParallelEmbedding(nn.Module):
         elsewhere = (tokens < self.start) | (tokens >= self.start + self.length)
         rows = (tokens - self.start).masked_fill(elsewhere, 0)
         y = F.embedding(rows, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return scatter_sum(y, self.group) if self.sequence_parallel else sum_from_region(y, self.group)
+        return scatter_sum(y, self.group) if self.sequence_parallel else sum_from_region(y, self.group, in_place=True)
 
 
 class _EnterRegion:

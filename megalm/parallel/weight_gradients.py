@@ -55,6 +55,9 @@ class WeightGradients:
 def compute(waiting: Waiting) -> None:
     """Compute weight gradients and add them up on the parameters."""
     for weights, x, dy in waiting:
+        if len(weights) == 1 and (sum_so_far := weights[0].grad) is not None and sum_so_far.dtype == x.dtype:
+            sum_so_far.addmm_(dy.flatten(0, -2).t(), x.flatten(0, -2))  # no product of its own in memory
+            continue
         gradient = weight_gradient(x, dy)
         sizes = [getattr(weight, "ds_shape", weight.shape)[0] for weight in weights]  # ds_shape: released by ZeRO-3
         for weight, part in zip(weights, gradient.split(sizes), strict=True):

@@ -86,7 +86,7 @@ class ZeroEngine(Engine):
         self.reduction: Reduction = FlatGradients() if self.aliased else OncePerStep()
         if parallel.zero_reduce == "microbatch":
             assert self.stage > 1 and tie is None, "validated"
-            self.reduction = InBackward(self.stage)
+            self.reduction = InBackward(self.optimizer, self.stage)
             complete_partial_gradients(list(self.parameters.values()), topology.tensor)
         self._tell_scale()
 

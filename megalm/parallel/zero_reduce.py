@@ -75,8 +75,13 @@ class InBackward:
 
     in_backward = True
 
-    def __init__(self, stage: int):
+    def __init__(self, optimizer: Any, stage: int):
         self.stage = stage
+        if stage == 2:
+            # A rank's share adds up in one flat buffer. DeepSpeed does so where gradients have more bits than weights; else
+            # it keeps every parameter that touches the share whole, and beside the sum the last microbatch's.
+            optimizer.use_grad_accum_attribute = True
+            optimizer._use_compact_grad_partition_buffer = lambda group: True
 
     @contextmanager
     def scope(self, deepspeed: Any) -> Iterator[None]:

@@ -73,6 +73,7 @@ BREAKS: dict[str, dict[str, Any]] = {
     "node_size_zero3": {"parallel.zero_node_size": 2, "parallel.zero": 2, "cluster.num_processes": 4},
     "node_size_divides": {"parallel.zero_node_size": 3, "parallel.zero": 3, "cluster.num_processes": 4},
     "quantized_zero3": {"parallel.zero_quantized": True, "parallel.zero": 2},  # on a machine with GPUs
+    "fuse_gathered": {"kernels.fuse_projections": True, "parallel.zero": 3},
     "quantized_gpu": {"parallel.zero_quantized": True, "parallel.zero": 3},
     "fp16_zero_device": {"train.precision": "fp16", "parallel.zero": 1},
     "loss_scale_used": {"train.loss_scale": 8.0},

@@ -149,3 +149,12 @@ def test_little_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert one(doctor._triton(), "triton kernels").state == "warn"
+
+
+def test_nvme_offload(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert {"g++", "ninja-build"} <= set(doctor.missing_for_nvme())
+    row = one(doctor._nvme(), "nvme offload")
+    assert row.state == "ok" and "g++" in row.detail
+    monkeypatch.setattr(doctor, "missing_for_nvme", list)
+    assert one(doctor._nvme(), "nvme offload").detail == "can be built at the first use"

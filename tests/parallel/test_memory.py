@@ -43,8 +43,7 @@ class Stack(nn.Module):
 
 def storages() -> dict[int, torch.UntypedStorage]:
     """Every live tensor memory of this process, by its address. Gradients that Python never saw count too."""
-    for _ in range(2):
-        gc.collect()
+    gc.collect()
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -98,6 +97,8 @@ def measure(parallel: ParallelConfig, precision: str) -> tuple[int, int, int]:
 
 def measure_all(rank: int, world_size: int) -> dict:
     zero_config.BUCKET_ELEMENTS = BUCKET
+    zero_config.import_deepspeed()
+    gc.freeze()  # what the imports made is not looked at again and again
     return {(p, kind): measure(ParallelConfig(zero=kind[0], zero_reduce=kind[1]), p) for p, kind in RUNS}
 
 
@@ -144,8 +145,10 @@ def test_terms() -> None:
 def start(rank: int, world_size: int, folder: str) -> dict:
     """Bytes at each moment of a start on four copies, drawn and loaded."""
     zero_config.BUCKET_ELEMENTS = BUCKET
-    config = tiny_config(zero=3, layers=12)
-    config.model.hidden_size, config.model.ffn_size, config.model.vocab_size = 128, 256, 1024
+    zero_config.import_deepspeed()
+    gc.freeze()
+    config = tiny_config(zero=3, layers=3)
+    config.model.hidden_size, config.model.ffn_size, config.model.vocab_size = 128, 256, 256
     topology = build_topology(config.parallel, torch.device("cpu"))
     meter, draw = Meter(), build.initial_value
 

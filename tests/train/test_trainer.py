@@ -117,3 +117,15 @@ def test_a_loss_that_explodes_ends_the_run_and_keeps_the_last_checkpoint(make, r
     good = len(records(config))
     assert good in (1, 2) and all(math.isfinite(record["loss"]) for record in records(config))
     assert read_manifest(find_checkpoint(Path(config.train.run_dir))).state["step"] == good
+
+
+def test_a_skipped_step_of_fp16_is_no_failure() -> None:
+    loss, overflow = torch.tensor(2.0), torch.tensor(torch.inf)
+    assert check_finite(7, StepResult(loss, overflow, 0.1, True, 1024.0)) == (2.0, torch.inf)
+    for result in (
+        StepResult(loss, overflow, 0.1, True, 0.5),  # nothing left to halve
+        StepResult(overflow, overflow, 0.1, True, 1024.0),  # the loss itself
+        StepResult(loss, overflow, 0.1, True),  # ZeRO in fp32 skips too, and there it is a failure
+    ):
+        with pytest.raises(RunError, match="step 7"):
+            check_finite(7, result)
