@@ -63,11 +63,9 @@ class Engine(ABC):
         self.steps_done = 0  # without the skipped ones
         self.skipped = False  # whether the last step changed nothing
 
-    def before_backward(self) -> None:
-        """Call in front of each backward within `accumulate`."""
-
+    @abstractmethod
     def after_backward(self) -> None:
-        """Call behind each backward within `accumulate`."""
+        """Call behind each backward within `accumulate`: what can be reduced at once is."""
 
     @contextmanager
     @abstractmethod
@@ -188,6 +186,9 @@ class PlainEngine(Engine):
             self.reduced = [flat.float() for flat in self.flat_gradients]
         for flat in self.reduced:
             all_reduce(flat, self.topology.data)
+
+    def after_backward(self) -> None:
+        """Nothing: gradients are reduced once, at the end of `accumulate`."""
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         return loss if self.loss_scale is None else loss * self.loss_scale.scale

@@ -18,7 +18,7 @@ from megalm.data.loader import Batch, Loader
 from megalm.data.packing import GPTDataset
 from megalm.errors import ConfigError, Problem
 from megalm.models.decoder import Decoder
-from megalm.models.init import initial_value
+from megalm.models.init import NoInitialisation, initial_value
 from megalm.models.layers import Dropout, FusesProjections
 from megalm.models.plans import PLANS, TIED
 from megalm.models.registry import build_model
@@ -93,7 +93,7 @@ def build_job(config: RunConfig, topology: Topology, corpus: Corpus, draw: bool 
     if config.train.eval_every and corpus.valid:
         valid = [batch.to(topology.device) for batch in build_loader(config, topology, corpus.valid, eval_samples, reads).read(0)]
     engine = build_engine(config, topology, chunks)
-    executor.before_backward, executor.after_backward = engine.before_backward, engine.after_backward
+    executor.after_backward = engine.after_backward
     return Job(config, topology, stages, chunks, engine, executor, evaluator, loader, valid, corpus)
 
 
@@ -132,7 +132,7 @@ def build_stage(
     place: Place | None = None,
 ) -> nn.Module:
     """One pipeline stage, sliced for this tensor rank, with its initial weights, or zeros."""
-    with torch.device("meta"):
+    with torch.device("meta"), NoInitialisation():
         model = build_model(config.model)
     apply_stage(model, stage, layers_per_stage(config, num_stages))
     apply_tensor_parallel(model, PLANS[config.model.architecture], topology, queue)

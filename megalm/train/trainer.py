@@ -18,7 +18,6 @@ from megalm.optim.schedule import learning_rate
 from megalm.parallel.collectives import all_reduce
 from megalm.train.build import Job, build_forward
 
-
 SMALLEST_SCALE = 1.0  # of the loss in fp16: below it gradients vanish where they do not overflow
 
 

@@ -159,6 +159,21 @@ def test_round_trip_in_one_process(precision: str, alone: None, tmp_path: Path) 
     assert differing_on(0, 1, str(tmp_path), config) == []
 
 
+def test_fp16_goes_on_with_its_scale_and_without_the_skipped_steps(alone: None, tmp_path: Path) -> None:
+    config = config_of("single", precision="fp16")
+    engine, state = build(config), RunState(step=5)
+    for overflow in (True, False, True, False, False):
+        engine.loss_scale.update(overflow)
+        state.note_scaling(engine.loss_scale, overflow)
+    engine.prepare_load(3)
+    folder = save_checkpoint(tmp_path, engine, state, asdict(config), 0)
+    other = build(config)
+    found = load_checkpoint(folder, other, asdict(config)["model"])
+    assert (found.step, found.skipped_steps, other.steps_done) == (5, 2, 3)
+    assert other.loss_scale == engine.loss_scale
+    assert (engine.loss_scale.scale, engine.loss_scale.clean_steps) == (2.0**14, 2)
+
+
 def test_before_the_first_step_there_are_weights_only(alone: None, tmp_path: Path) -> None:
     config = config_of("single")
     engine = build(config)

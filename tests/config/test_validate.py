@@ -23,7 +23,7 @@ BREAKS: dict[str, dict[str, Any]] = {
     "hidden_per_head": {"model.num_heads": 3},
     "rope_even": {"model.head_dim": 33},
     "heads_per_rank": {"parallel.tensor_parallel": 8},
-    "kv_heads_per_rank": {"parallel.tensor_parallel": 4, "model.num_heads": 12, "model.num_kv_heads": 6, "model.hidden_size": 192},
+    "kv_heads_per_rank": {"parallel.tensor_parallel": 4, "model.num_heads": 12, "model.num_kv_heads": 6, "model.head_dim": 8},
     "ffn_per_rank": {"parallel.tensor_parallel": 2, "model.ffn_size": 511},
     "sequence_per_rank": {"parallel.tensor_parallel": 2, "parallel.sequence_parallel": True, "data.seq_length": 127},
     "sequence_parallel_used": {"parallel.sequence_parallel": True},

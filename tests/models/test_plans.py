@@ -12,7 +12,13 @@ from megalm.models.plans import PLANS, TIED
 from megalm.models.registry import MODELS, build_model
 from megalm.parallel.tensor_parallel import STYLES
 
-EXPECTED = {nn.Linear: {"column", "heads", "logits", "row"}, nn.Embedding: {"vocab"}, RMSNorm: {"norm"}, LayerNorm: {"norm"}, Dropout: {"sequence"}}
+EXPECTED = {
+    nn.Linear: {"column", "heads", "logits", "row"},
+    nn.Embedding: {"vocab"},
+    RMSNorm: {"norm"},
+    LayerNorm: {"norm"},
+    Dropout: {"sequence"},
+}
 
 
 def styles(architecture: str) -> dict[str, tuple[nn.Module, list[str]]]:

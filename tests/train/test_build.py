@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 
 from megalm.config.parallel import ParallelConfig
+from megalm.config.run import RunConfig
 from megalm.data.corpus import open_corpus
+from megalm.errors import ConfigError
 from megalm.models.init import initial_value
 from megalm.models.layers import Dropout
 from megalm.parallel.engine import PlainEngine
+from megalm.parallel.schedules import build_schedule
 from megalm.parallel.topology import build_topology
-from megalm.train.build import Job, build_job, build_stage
+from megalm.train.build import Job, build_job, build_stage, check_reduction
 
 
 @pytest.fixture
@@ -90,3 +93,11 @@ def test_the_loader_begins_where_the_run_stopped(job) -> None:
     assert torch.equal(torch.cat([b.tokens for b in batches]), rows[:, :-1])
     assert torch.equal(torch.cat([b.labels for b in batches]), rows[:, 1:])
     assert torch.cat([b.samples for b in batches]).tolist() == [40, 41, 42, 43]
+
+
+def test_halves_of_a_backward_in_a_users_schedule_are_not_reduced_in_the_backward() -> None:
+    config = RunConfig()
+    config.parallel.zero_reduce, config.parallel.schedule_file = "microbatch", "mine.csv"
+    check_reduction(config, build_schedule("1f1b", 2, 4, 1))
+    with pytest.raises(ConfigError, match=r"mine\.csv has halves"):
+        check_reduction(config, build_schedule("zbh1", 2, 4, 1))
