@@ -71,6 +71,8 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         db = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
+        if not ctx.needs_input_grad[1]:  # frozen
+            return dx, None, db, None
         if ctx.queue.holds:
             ctx.queue.add(ctx.weights, x, dy)
             return dx, None, db, None
@@ -96,6 +98,8 @@ class _Linears(torch.autograd.Function):
         dx = dy @ join(weights) if ctx.needs_input_grad[0] else None
         none: list[Tensor | None] = [None] * len(weights)
         dbs = list(dy.flatten(0, -2).sum(0).split(ctx.sizes)) if ctx.has_bias else none
+        if not any(ctx.needs_input_grad[2 : 2 + len(weights)]):  # frozen
+            return dx, None, *none, *dbs
         if ctx.queue is not None and ctx.queue.holds:
             ctx.queue.add(ctx.weights, x, dy)
             return dx, None, *none, *dbs

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from megalm.config.knobs import knob
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+PRECISIONS = tuple(ITEM_BYTES)
 
 
 @dataclass

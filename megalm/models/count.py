@@ -84,6 +84,22 @@ def count_block_activations(
     return 2 * (hidden + gathered) + attention + inner * (4 if llama else 2) + statistics + masks
 
 
+def count_block_waiting(config: ModelConfig, element_bytes: int, tensor_parallel: int = 1) -> float:
+    """Bytes per token of one block on one rank whose weight gradients wait (Qi et al. 2023): the linear layers' inputs x and
+    output gradients dy, whatever was recomputed. Sequence parallelism gathers what it has cut: these are whole.
+    """
+    t, e = tensor_parallel, element_bytes
+    hidden, q, inner = config.hidden_size * e, config.num_heads * config.head_dim * e / t, config.ffn_size * e / t
+    kv = max(config.num_kv_heads / t, 1) * config.head_dim * e
+    x = hidden + q + hidden + inner  # of q, k and v; of out; of up (and gate); of down
+    return x + q + 2 * kv + hidden + inner * (2 if config.architecture == "llama" else 1) + hidden  # dy, in the same order
+
+
+def count_head_waiting(config: ModelConfig, element_bytes: int, tensor_parallel: int = 1) -> float:
+    """Bytes per token of the head on one rank whose weight gradient waits: its input and the logits' gradient."""
+    return (config.hidden_size + config.vocab_size / tensor_parallel) * element_bytes
+
+
 def count_head_activations(
     config: ModelConfig, element_bytes: int, tensor_parallel: int = 1, sequence_parallel: bool = False
 ) -> float:

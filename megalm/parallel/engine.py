@@ -63,8 +63,10 @@ class Engine(ABC):
         self.steps_done = 0  # without the skipped ones
         self.skipped = False  # whether the last step changed nothing
 
-    @abstractmethod
-    def after_backward(self) -> None:
+    def before_backward(self) -> None:  # noqa: B027  most engines have nothing to do
+        """Call before each backward within `accumulate`."""
+
+    def after_backward(self) -> None:  # noqa: B027
         """Call behind each backward within `accumulate`: what can be reduced at once is."""
 
     @contextmanager
@@ -154,11 +156,12 @@ class PlainEngine(Engine):
         self.reduced = self.flat_gradients  # what the step uses; without accumulate_fp32 a copy in fp32, for the step only
         self.weights = self._views(self.flat_weights)
         self.gradients = self._views(self.flat_gradients)
-        for name, parameter in self.parameters.items():
-            if precision == torch.float32:
-                parameter.data = self.weights[name]
-            else:
-                parameter.grad_dtype = accumulated
+        # What the forward uses: one flat buffer per group too, the master weights themselves in fp32.
+        self.flat_forward = [flat.to(precision) for flat in self.flat_weights]
+        for name, part in self._views(self.flat_forward).items():
+            self.parameters[name].data = part
+            if precision != torch.float32:
+                self.parameters[name].grad_dtype = accumulated
         self._moment_views: dict[str, dict[str, Tensor]] = {}
         self.masters = [nn.Parameter(flat) for flat in self.flat_weights]
         self.optimizer = make_optimizer(
@@ -186,9 +189,6 @@ class PlainEngine(Engine):
             self.reduced = [flat.float() for flat in self.flat_gradients]
         for flat in self.reduced:
             all_reduce(flat, self.topology.data)
-
-    def after_backward(self) -> None:
-        """Nothing: gradients are reduced once, at the end of `accumulate`."""
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         return loss if self.loss_scale is None else loss * self.loss_scale.scale
@@ -248,9 +248,9 @@ class PlainEngine(Engine):
 
     def finish_load(self) -> None:
         """fp32 parameters are views of the master weights already; lower precision ones are rounded from them."""
-        low = [(p.data, self.weights[name].data) for name, p in self.parameters.items() if p.dtype != torch.float32]
-        if low:
-            torch._foreach_copy_([p for p, _ in low], [w for _, w in low])
+        for low, master in zip(self.flat_forward, self.flat_weights, strict=True):
+            if low is not master:
+                low.copy_(master)
 
     def _moments(self, kind: str) -> dict[str, Tensor]:
         """Views of one kind of moment, made once: the optimizer updates its state in place."""

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megalm.config.train import ITEM_BYTES
+
 BUCKET_ELEMENTS = 50_000_000  # ZeRO sends gradients in buckets; more than this gains no bandwidth
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MASTER, _MOMENTS, _REDUCED = 4, 8, 4  # bytes per parameter; reduction is in fp32
 
 
@@ -57,7 +58,7 @@ def model_states(
     bucket_elements: int = BUCKET_ELEMENTS,
 ) -> ModelStates:
     """Of a rank with `parameters` elements, under ZeRO over `copies`. in_backward: parallel.zero_reduce=microbatch."""
-    weight = _BYTES[precision]
+    weight = ITEM_BYTES[precision]
     gradient = 4 if accumulate_fp32 else weight
     part = -(-parameters // copies)
     if zero == 0:

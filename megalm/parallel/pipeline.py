@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megalm.parallel.actions import BACKWARD, FORWARD, INPUT, WEIGHT, Action, Exchange, Schedule, Transfer
+from megalm.parallel.engine import Engine
 from megalm.parallel.schedule_check import check_schedule
 from megalm.parallel.topology import Group
 from megalm.parallel.weight_gradients import Waiting, WeightGradients, compute
@@ -79,9 +80,13 @@ class PipelineExecutor:
         self.schedule, self.group, self.boundary, self.device = schedule, group, boundary, device
         self.steps = check_schedule(schedule)[group.rank]
         self.weight_gradients = weight_gradients or WeightGradients()
-        self.before_backward = self.after_backward = _nothing  # an engine that reduces in the backward sets them
+        self.before_backward = self.after_backward = _nothing
         self.record: list[Timed] | None = None  # a list: every action's times are added
         self._run = {FORWARD: self._forward, BACKWARD: self._backward, INPUT: self._input_backward, WEIGHT: self._weights}
+
+    def serve(self, engine: Engine) -> None:
+        """Tell the engine of every backward."""
+        self.before_backward, self.after_backward = engine.before_backward, engine.after_backward
 
     def run(self, forward: Forward) -> list[Tensor]:
         """Run all actions; gradients are left on the parameters. Returns the last stage's outputs in order of microbatch."""
@@ -172,7 +177,7 @@ class PipelineExecutor:
         return self._ready.pop(transfer)
 
     def _exchange(self, exchange: Exchange) -> None:
-        """Post all sends and receives of one moment together; nothing waits here."""
+        """Post all sends and receives of one moment together; only sends that are long on their way are waited for."""
         operations, moved = [], []
         for transfer in exchange.transfers:
             sends = self.schedule.rank_of(transfer.source) == self.group.rank

@@ -26,6 +26,7 @@ from megalm.parallel.actions import (
     Transfer,
     with_communication,
 )
+from megalm.parallel.timeline import ACTIVATIONS, held
 
 _F, _B, _I, _W = 1, 2, 4, 8  # what of a microbatch on a stage has been seen
 _BIT = {FORWARD: _F, BACKWARD: _B, INPUT: _I, WEIGHT: _W}
@@ -58,7 +59,7 @@ def find_faults(schedule: Schedule) -> list[Fault]:
     if len(schedule.actions) != schedule.num_ranks:
         return [Fault(len(schedule.actions), f"there are {len(schedule.actions)} lists for {schedule.num_ranks} ranks")]
     for rank, actions in enumerate(schedule.actions):
-        held = 0
+        legal = []
         bound = schedule.max_in_flight[rank] if schedule.max_in_flight else len(actions)
         for action in actions:
             text = _judge(action, rank, schedule, seen)
@@ -66,10 +67,10 @@ def find_faults(schedule: Schedule) -> list[Fault]:
                 faults.append(Fault(rank, text))
                 continue
             seen[action.stage * schedule.num_microbatches + action.microbatch] |= _BIT[action.kind]
-            if action.kind != INPUT:
-                held += 1 if action.kind == FORWARD else -1
-                if held == bound + 1 and action.kind == FORWARD:
-                    faults.append(Fault(rank, f"{action} is activation {held} to be held at once, the bound is {bound}"))
+            legal.append(action)
+        for action, count in zip(legal, held(legal, [ACTIVATIONS] * schedule.num_stages), strict=True):
+            if count == bound + 1 and action.kind == FORWARD:
+                faults.append(Fault(rank, f"{action} is activation {count} to be held at once, the bound is {bound}"))
     return faults + list(_missing(schedule, seen))
 
 

@@ -45,16 +45,19 @@ __all__ = [
     "Transfer",
     "build_schedule",
     "forward_only",
-    "placement_of",
     "stages_of",
     "with_communication",
 ]
 
 
 def forward_only(ranks: int, microbatches: int, chunks: int = 1, placement: Placement = LOOP) -> Schedule:
-    """Every forward, chunk after chunk: evaluation."""
+    """Every forward, in rounds of as many microbatches as there are ranks: evaluation.
+
+    A round goes through all chunks before the next one starts, so few activations wait at a time.
+    """
+    rounds = [range(m, min(m + ranks, microbatches)) for m in range(0, microbatches, ranks)]
     per_rank = [
-        [Action(FORWARD, s, m) for s in stages_of(r, ranks, chunks, placement) for m in range(microbatches)]
+        [Action(FORWARD, s, m) for members in rounds for s in stages_of(r, ranks, chunks, placement) for m in members]
         for r in range(ranks)
     ]
     return Schedule(ranks, chunks, microbatches, tuple(map(tuple, per_rank)), placement, trains=False)
@@ -140,9 +143,3 @@ def build_schedule(name: str, ranks: int, microbatches: int, chunks: int, file: 
     Raises ConfigError naming file, line, rule and fix for a user's schedule that cannot run.
     """
     return read_schedule(file, ranks, microbatches, chunks) if name == "csv" else SCHEDULES[name](ranks, microbatches, chunks)
-
-
-def placement_of(name: str) -> Placement:
-    """Where a schedule puts the stages. A user's own says it in its file: `build_schedule(...).placement`."""
-    assert name != "csv", "the file says it"
-    return V_SHAPE if name in TWO_CHUNKS else LOOP

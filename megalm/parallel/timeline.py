@@ -8,6 +8,7 @@ action only (their optimizer does not wait); that is `inner_bubble`.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -79,11 +80,15 @@ class Timeline:
 
 def peaks(schedule: Schedule) -> list[int]:
     """By rank: the most activations of chunks it holds at once, each from its forward until its (weights') backward."""
-    held = [itertools.accumulate(_HELD[a.kind] for a in actions) for actions in schedule.actions]
-    return [max(counts, default=0) for counts in held]
+    return [int(max(held(actions, [ACTIVATIONS] * schedule.num_stages), default=0)) for actions in schedule.actions]
 
 
-_HELD = {FORWARD: 1, BACKWARD: -1, INPUT: 0, WEIGHT: -1}
+ACTIVATIONS = {FORWARD: 1, BACKWARD: -1, INPUT: 0, WEIGHT: -1}  # a microbatch's, whatever of it is still there
+
+
+def held(actions: Iterable[Action], weights: Sequence[Mapping[str, float]]) -> Iterator[float]:
+    """What a rank holds after each of its actions. weights: by stage, what each kind of action adds to it."""
+    return itertools.accumulate(weights[action.stage][action.kind] for action in actions)
 
 
 EQUAL = Times()

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from megalm.config.run import RunConfig
+from megalm.config.train import ITEM_BYTES
 from megalm.parallel.actions import Schedule
 from megalm.parallel.volume_data import data_parallel_calls, is_recomputed
-from megalm.parallel.volume_parts import ITEM_BYTES, Call, Part
+from megalm.parallel.volume_parts import Call, Part
 
 
 class Count(NamedTuple):

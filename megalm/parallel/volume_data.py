@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from megalm.config.run import RunConfig
+from megalm.config.train import ITEM_BYTES
 from megalm.parallel.actions import FORWARD, WEIGHT, Schedule
 from megalm.parallel.memory import BUCKET_ELEMENTS
-from megalm.parallel.volume_parts import ITEM_BYTES, Call, Part
+from megalm.parallel.volume_parts import Call, Part
 
 FLAT_BUCKET_ELEMENTS = 500_000_000  # of DeepSpeed's bf16 optimizer
 ALIGNMENT = 2  # DeepSpeed pads a flat group to a multiple of this x the copies

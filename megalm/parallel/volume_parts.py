@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from megalm.config.run import RunConfig
 
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
 
 class Call(NamedTuple):
     """`times` collectives of `size` bytes each."""

@@ -24,7 +24,7 @@ class ModelParallelUnit:
     """The grid as DeepSpeed wants to hear of it. Model parallel means all ranks of one copy: pipeline x tensor."""
 
     def __init__(self, topology: Topology):
-        alone = [dist.new_group([rank]) for rank in range(topology.world_size)][topology.rank]  # collective
+        alone = dist.new_group([topology.rank], use_local_synchronization=True)
         axes = {"model": "model", "data": "data", "tensor_model": "tensor", "pipeline_model": "pipeline"}
         for prefix, axis in axes.items():
             group = getattr(topology, axis)

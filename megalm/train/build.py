@@ -93,7 +93,7 @@ def build_job(config: RunConfig, topology: Topology, corpus: Corpus, draw: bool 
     if config.train.eval_every and corpus.valid:
         valid = [batch.to(topology.device) for batch in build_loader(config, topology, corpus.valid, eval_samples, reads).read(0)]
     engine = build_engine(config, topology, chunks)
-    executor.after_backward = engine.after_backward
+    executor.serve(engine)
     return Job(config, topology, stages, chunks, engine, executor, evaluator, loader, valid, corpus)
 
 

@@ -5,25 +5,28 @@ Here the model's counts (models/count.py) meet the cluster's (split.py, memory.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
 
 from megalm.config.run import RunConfig
 from megalm.config.stage_split import AUTO, explicit_split
+from megalm.config.train import ITEM_BYTES
 from megalm.models.count import (
     count_block_activations,
+    count_block_waiting,
     count_head_activations,
+    count_head_waiting,
     count_stage_flops_per_token,
     count_stage_parameters,
 )
 from megalm.parallel.memory import ModelStates, model_states
-from megalm.parallel.schedules import BACKWARD, FORWARD, WEIGHT, Schedule, build_schedule
+from megalm.parallel.schedules import BACKWARD, FORWARD, INPUT, WEIGHT, Schedule, build_schedule
 from megalm.parallel.split import Cost, balanced_split, even_split, layers_of_stage
+from megalm.parallel.timeline import held
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_HELD = {FORWARD: 1, BACKWARD: -1, WEIGHT: -1}
 _STEADY = 4  # microbatches per rank after which a schedule holds no more activations than before
+_MANY = 1024  # microbatches of an interleaved schedule that is still quick to build
 
 
 @dataclass(frozen=True)
@@ -54,26 +57,45 @@ def layers_per_stage(config: RunConfig, num_stages: int) -> list[int]:
 
 def predict_memory(config: RunConfig) -> list[RankMemory]:
     """Of each rank of the pipeline."""
-    schedule = _schedule(config)
+    schedule, times = _schedule(config)
     split = layers_per_stage(config, schedule.num_stages)
     stages = [layers_of_stage(stage, split) for stage in range(schedule.num_stages)]
-    kept = [_kept(config, stage, layers, schedule.num_stages) for stage, layers in enumerate(stages)]
+    weights = [
+        _weights(_kept(config, stage, layers, len(stages)), _waiting(config, stage, len(layers), len(stages)))
+        for stage, layers in enumerate(stages)
+    ]
     again = 0.0  # while one block's backward runs, all of it is there
     if config.train.recompute != "none":
         again = max(_kept_by_block(config, "none") - _kept_by_block(config, config.train.recompute), 0.0)
     ranks = []
     for rank, actions in enumerate(schedule.actions):
-        held = accumulate(_HELD.get(action.kind, 0) * kept[action.stage] for action in actions)
+        most = times * max(held(actions, weights), default=0.0)
         parameters = sum(_parameters(config, s, len(stages[s]), len(stages)) for s in schedule.stages_of(rank))
-        ranks.append(RankMemory(_states(config, parameters), max(held, default=0.0) + again))
+        ranks.append(RankMemory(_states(config, parameters), most + again))
     return ranks
 
 
-def _schedule(config: RunConfig) -> Schedule:
+def _schedule(config: RunConfig) -> tuple[Schedule, int]:
+    """A schedule that holds as much as the configured one, if need be so many times over, with fewer microbatches."""
     parallel, count = config.parallel, config.num_microbatches
-    if parallel.schedule != "csv":
-        count = min(count, _STEADY * parallel.pipeline_parallel)
-    return build_schedule(parallel.schedule, parallel.pipeline_parallel, count, parallel.chunks, parallel.schedule_file)
+    name, ranks, times = parallel.schedule, parallel.pipeline_parallel, 1
+    if name == "csv":
+        return build_schedule(name, ranks, count, parallel.chunks, parallel.schedule_file), 1
+    if name in ("gpipe", "bfs"):  # all forwards first: they hold every microbatch
+        count, times = 1, count
+    elif name == "interleaved":  # its rounds decide, which a remainder makes longer: keep it, and rounds enough to share it
+        count = min(count, max(ranks, _MANY // ranks) * ranks + count % ranks)
+    else:
+        count = min(count, _STEADY * ranks)
+    return _build(name, ranks, count, parallel.chunks), times
+
+
+_build = lru_cache(maxsize=4)(build_schedule)
+
+
+def _weights(kept: float, waiting: float) -> Mapping[str, float]:
+    """Bytes that each kind of action adds: a forward keeps, the input's half leaves the weights' half what it waits with."""
+    return {FORWARD: kept, BACKWARD: -kept, INPUT: waiting - kept, WEIGHT: -waiting}
 
 
 def _work(config: RunConfig, num_stages: int) -> Cost:
@@ -90,24 +112,27 @@ def _work(config: RunConfig, num_stages: int) -> Cost:
 
 def _memory(config: RunConfig, num_stages: int) -> Cost:
     """Bytes of a stage: its states, and the activations that the schedule lets it hold at once."""
-    held = _held_by_stage(_schedule(config))
-    assert len(held) == num_stages, f"the schedule has {len(held)} stages, not {num_stages}"
+    schedule, times = _schedule(config)
+    assert schedule.num_stages == num_stages, f"the schedule has {schedule.num_stages} stages, not {num_stages}"
+    moments = _fullest_moments(schedule)
 
     def cost(stage: int, layers: range) -> float:
         states = _states(config, _parameters(config, stage, len(layers), num_stages))
-        return states.on_device + held[stage] * _kept(config, stage, layers, num_stages)
+        kept, waiting = _kept(config, stage, layers, num_stages), _waiting(config, stage, len(layers), num_stages)
+        return states.on_device + times * max((n * kept + m * waiting for n, m in moments[stage]), default=0.0)
 
     return cost
 
 
-def _held_by_stage(schedule: Schedule) -> Sequence[int]:
-    """By stage: the most microbatches between their forward and their backward."""
-    held, most = [0] * schedule.num_stages, [0] * schedule.num_stages
-    for actions in schedule.actions:
-        for kind, stage, _ in actions:
-            held[stage] += _HELD.get(kind, 0)
-            most[stage] = max(most[stage], held[stage])
-    return most
+def _fullest_moments(schedule: Schedule) -> list[list[tuple[float, float]]]:
+    """By stage: (microbatches kept, microbatches whose weight gradients wait), where no other moment has more of both."""
+    kinds = [_weights(1, 0)] * schedule.num_stages, [_weights(0, 1)] * schedule.num_stages
+    found = []
+    for stage in range(schedule.num_stages):
+        actions = [action for action in schedule.actions[schedule.rank_of(stage)] if action.stage == stage]
+        moments = set(zip(*(held(actions, weights) for weights in kinds), strict=True))
+        found.append([(n, m) for n, m in moments if not any(a >= n and b >= m and (a, b) != (n, m) for a, b in moments)])
+    return found
 
 
 def _parameters(config: RunConfig, stage: int, num_layers: int, num_stages: int) -> int:
@@ -137,9 +162,21 @@ def _mode(config: RunConfig, layer: int) -> str:
 def _kept_by_block(config: RunConfig, mode: str) -> float:
     """Bytes that one block keeps of one microbatch."""
     parallel, fused = config.parallel, config.kernels.fuse_projections and config.parallel.zero < 3
-    sizes = (_BYTES[config.train.precision], parallel.tensor_parallel, parallel.sequence_parallel)
+    sizes = (ITEM_BYTES[config.train.precision], parallel.tensor_parallel, parallel.sequence_parallel)
     per_token = count_block_activations(config.model, mode, *sizes, fused=fused)
-    return per_token * config.train.micro_batch_size * config.data.seq_length
+    return per_token * _tokens(config)
+
+
+def _tokens(config: RunConfig) -> int:
+    """Of one microbatch."""
+    return config.train.micro_batch_size * config.data.seq_length
+
+
+def _waiting(config: RunConfig, stage: int, num_layers: int, num_stages: int) -> float:
+    """Bytes that wait with a stage's weight gradients of one microbatch."""
+    sizes = (ITEM_BYTES[config.train.precision], config.parallel.tensor_parallel)
+    head = count_head_waiting(config.model, *sizes) if stage == num_stages - 1 else 0.0
+    return (num_layers * count_block_waiting(config.model, *sizes) + head) * _tokens(config)
 
 
 def _kept(config: RunConfig, stage: int, layers: range, num_stages: int) -> float:
@@ -148,6 +185,6 @@ def _kept(config: RunConfig, stage: int, layers: range, num_stages: int) -> floa
     kept = again * _kept_by_block(config, config.train.recompute) + (len(layers) - again) * _kept_by_block(config, "none")
     if stage == num_stages - 1:
         parallel, precision = config.parallel, config.train.precision
-        head = count_head_activations(config.model, _BYTES[precision], parallel.tensor_parallel, parallel.sequence_parallel)
-        kept += head * config.train.micro_batch_size * config.data.seq_length
+        head = count_head_activations(config.model, ITEM_BYTES[precision], parallel.tensor_parallel, parallel.sequence_parallel)
+        kept += head * _tokens(config)
     return kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -214,3 +216,17 @@ def test_norm_counts_every_element_once_and_weights_follow(size):
             assert smallest > 0.5, "the clipping must bite, or a wrong norm would not change the weights"
             assert norm_error < 1e-6, layout
             assert weight_error < 2e-6, layout
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_of_a_group_lie_one_behind_the_other(precision: str) -> None:
+    """So that projections of one input can be one matrix product without a copy."""
+    model = Toy().to(PRECISIONS[precision])
+    engine = PlainEngine(toy_groups(model), adamw, alone(), 0.5)
+    for group in engine.groups:
+        parameters = list(group.parameters.values())
+        for a, b in itertools.pairwise(parameters):
+            assert b.data_ptr() == a.data_ptr() + a.numel() * a.element_size()
+    toy_step(engine, model, 0)
+    for name, parameter in engine.parameters.items():
+        assert torch.equal(parameter, engine.read(name, "weight").to(parameter.dtype)), name

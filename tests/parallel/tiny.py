@@ -93,7 +93,7 @@ def train(config: RunConfig, topology: Topology | None = None, steps: int = 3) -
     split = topology.tensor.size if topology.sequence_parallel else 1
     hidden = Spec((1, SEQ_LENGTH // split, config.model.hidden_size), dtype)
     executor = PipelineExecutor(schedule, topology.pipeline, lambda s, m: [hidden], topology.device, queue)
-    executor.after_backward = engine.after_backward
+    executor.serve(engine)
     trained, divisor = Trained([], [], engine), config.train.global_batch_size * SEQ_LENGTH
     for step in range(steps):
         batch = samples(step, config.train.global_batch_size).chunk(topology.data.size)[topology.data.rank]
@@ -167,6 +167,7 @@ def toy_step(engine: Engine, model: nn.Module, step: int) -> tuple[float, float]
     dtype = next(iter(engine.parameters.values())).dtype
     with engine.accumulate():
         for loss in toy_losses(model, step, dtype, data.rank, data.size):
+            engine.before_backward()
             engine.scale_loss(loss).backward()
             engine.after_backward()
             total += loss.item()

@@ -5,17 +5,36 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import pytest
+import torch
 
 from megalm.config.load import load
 from megalm.config.model import ModelConfig
 from megalm.config.parallel import ParallelConfig
 from megalm.config.run import RunConfig
 from megalm.config.train import TrainConfig
-from megalm.models.count import count_block_activations, count_head_activations, count_stage_parameters
+from megalm.models.count import (
+    count_block_activations,
+    count_block_waiting,
+    count_head_activations,
+    count_head_waiting,
+    count_stage_parameters,
+)
+from megalm.objectives.language_modeling import causal_loss
+from megalm.parallel.schedules import SCHEDULES, build_schedule
 from megalm.parallel.split import even_split
+from megalm.parallel.timeline import peaks
+from megalm.parallel.topology import Topology
+from megalm.parallel.weight_gradients import WeightGradients
+from megalm.train import forecast
+from megalm.train.build import DTYPES, build_stage
 from megalm.train.forecast import layers_per_stage, predict_memory
+from tests.parallel.simulated import simulate  # noqa: F401  a fixture
+from tests.parallel.test_recompute import Made
+from tests.parallel.tiny import alone
 
 # The shape of Llama 3 8B: its head multiplies as much as 2.4 blocks, its embedding is as large.
 LARGE = ModelConfig("llama", 128256, 4096, 32, 32, 8, ffn_size=14336, max_seq_length=8192)
@@ -70,6 +89,82 @@ def test_memory_by_hand() -> None:
     assert first.total == first.states.total + first.activations
 
 
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_weight_gradients_that_wait_hold_what_they_need(mode: str) -> None:
+    """ZB-H1, last of 2 ranks: F0 I0 F1 I1 W0 F2 ...: one microbatch waits while the next goes forward, then both wait."""
+    model = ModelConfig("llama", 512, 64, 4, 4, ffn_size=192)
+    config, tokens = config_of(model, pipeline_parallel=2, batch=8, schedule="zbh1"), 128
+    config.train.recompute = mode
+    whole = count_block_activations(model, "none", 2, fused=True)
+    block = count_block_activations(model, mode, 2, fused=True)
+    kept = 2 * block + count_head_activations(model, 2)
+    waiting = 2 * count_block_waiting(model, 2) + count_head_waiting(model, 2)
+    first, last = (rank.activations / tokens for rank in predict_memory(config))
+    assert last == max(kept + waiting, 2 * waiting) + whole - block
+    early = 2 * block  # first rank: F0 F1 I0 W0 F2 I1 W1 ...
+    assert first == max(2 * early, early + 2 * count_block_waiting(model, 2)) + whole - block
+
+
+def test_auto_counts_the_weight_gradients_that_wait() -> None:
+    """With recomputation nearly all that a rank of ZB-H1 holds waits, the more the later the rank; 1F1B has that at the start.
+
+    The head costs no more than a recomputed block's forward, so the work leaves the choice of stage to the memory.
+    """
+    model = ModelConfig("llama", 64, 4096, 31, 32, 8, ffn_size=14336)
+    splits = {}
+    for schedule in ("1f1b", "zbh1"):
+        config = config_of(model, pipeline_parallel=4, schedule=schedule, stage_split="auto")
+        config.train.recompute, config.data.seq_length = "full", 8192
+        splits[schedule] = layers_per_stage(config, 4)
+    assert splits == {"1f1b": [7, 8, 8, 8], "zbh1": [8, 8, 8, 7]}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_fewer_microbatches_show_as_much(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory and auto's counts are those of the whole schedule: of all microbatches, whatever their number."""
+    chunks = 2 if name in ("bfs", "interleaved", "zbv", "dualpipev") else 1
+    found: list[list[object]] = [[], []]
+    for short in (True, False):
+        if not short:
+            monkeypatch.setattr(
+                forecast, "_schedule", lambda c: (build_schedule(name, c.parallel.pipeline_parallel, c.num_microbatches, chunks), 1)
+            )
+        for ranks in (2, 3, 5):
+            for batch in (1, 3, 7, 16, 18, 19, 23, 64, 67):
+                config = config_of(pipeline_parallel=ranks, chunks=chunks, schedule=name, batch=batch)
+                schedule, times = forecast._schedule(config)
+                moments = [{(times * n, times * m) for n, m in found} for found in forecast._fullest_moments(schedule)]
+                found[short] += [[rank.activations for rank in predict_memory(config)], moments]
+                assert [times * held for held in peaks(schedule)] == peaks(build_schedule(name, ranks, batch, chunks))
+    assert all(a == (b if isinstance(b, list) and isinstance(b[0], set) else pytest.approx(b)) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("bfs", 2)])
+def test_schedules_that_hold_every_microbatch(schedule: str, chunks: int) -> None:
+    few, many = (
+        max(rank.activations for rank in predict_memory(config_of(pipeline_parallel=4, chunks=chunks, schedule=schedule, batch=m)))
+        for m in (16, 512)
+    )
+    assert many == 32 * few
+
+
+def test_a_remainder_makes_the_rounds_of_interleaved_longer() -> None:
+    """Narayanan et al. 2021 with 4 ranks: 19 microbatches go in rounds of 4 and 5; far beyond the limit as well."""
+    held = {}
+    for batch in (16, 19, 512, 515, 40_000, 40_003):
+        config = config_of(pipeline_parallel=4, chunks=2, schedule="interleaved", batch=batch)
+        held[batch] = predict_memory(config)[0].activations
+    assert held[16] == held[512] == held[40_000] < held[19] == held[515] == held[40_003]
+
+
+def test_forecasts_are_quick() -> None:
+    """512 microbatches on 16 ranks; processor time, so that what else runs here does not matter."""
+    for schedule, chunks in (("gpipe", 1), ("interleaved", 4), ("zbv", 2)):
+        before = time.process_time()
+        predict_memory(config_of(batch=512, pipeline_parallel=16, schedule=schedule, chunks=chunks))
+        assert time.process_time() - before < 1
+
+
 def test_recomputation_needs_one_block_whole() -> None:
     model = ModelConfig("llama", 512, 64, 4, 4, ffn_size=192)
     config = config_of(model, pipeline_parallel=2, batch=8)
@@ -87,6 +182,44 @@ def test_memory_over_tensor_ranks_and_zero() -> None:
     config = load(RunConfig, raw)
     (zero,) = predict_memory(config)
     assert zero.total == zero.states.weights + zero.states.gradients + zero.activations
+
+
+def bytes_left(config: RunConfig, topology: Topology) -> tuple[int, int]:
+    """After the input's half of a backward: bytes that wait in the queue, and all that is still there of what was made."""
+    queue, tokens = WeightGradients(), torch.randint(64, (2, 65), generator=torch.Generator().manual_seed(0))
+    stage = build_stage(config, topology, 0, 1, DTYPES[config.train.precision], queue=queue)
+    for _ in range(2):  # selective recomputation learns in the first what it need not keep
+        queue.take()
+        with Made() as made:
+            queue.hold()
+            causal_loss(stage(tokens[:, :-1], samples=torch.arange(2)), tokens[:, 1:], topology.tensor, 64).backward()
+        stage.zero_grad()  # of biases, norms and embeddings
+    waiting = queue.take()
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for _, *pair in waiting for tensor in pair}
+    return sum(storages.values()), sum(nbytes for storage, nbytes in made.storages if not storage.expired())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt"])
+@pytest.mark.parametrize(("size", "sequence"), [(1, False), (4, False), (4, True)])
+@pytest.mark.parametrize(("mode", "precision"), [("none", "fp32"), ("selective", "bf16"), ("full", "bf16")])
+def test_what_waits_is_what_is_counted(
+    simulate: Callable[..., list],  # noqa: F811
+    architecture: str,
+    size: int,
+    sequence: bool,
+    mode: str,
+    precision: str,
+) -> None:
+    """In the queue, and beside it nothing: what the forward kept is gone. Four ranks have copies of two key/value heads."""
+    model = ModelConfig(architecture, 64, 32, 3, 8, 2, 8, 96, 64, dropout=0.1 if architecture == "gpt" else 0.0)
+    config = config_of(model, tensor_parallel=size, sequence_parallel=sequence)
+    config.train.recompute, config.train.precision = mode, precision
+    counted = 3 * count_block_waiting(model, DTYPES[precision].itemsize, size)
+    counted += count_head_waiting(model, DTYPES[precision].itemsize, size)
+    found = [bytes_left(config, alone())] if size == 1 else simulate(size, sequence, lambda topology: bytes_left(config, topology))
+    for waiting, left in found:
+        assert waiting / 128 == pytest.approx(counted, rel=0.01)
+        assert left == pytest.approx(waiting, rel=0.03)
 
 
 PEAK = """
