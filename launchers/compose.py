@@ -189,7 +189,8 @@ def _add_override(command: Command, text: str) -> None:
         rule = "cannot read this value: text that holds , = : { } [ ] or quotes needs quotes"
         command.problems.append(Problem(key, value, rule, fix=assign(key, value)))
         return
-    if override.is_sweep_override() and not command.options.multirun:
+    known = key.lstrip("+~") in known_keys(ROOTS[command.verb]) or bool(_loader(command.options).get_group_options(key))
+    if override.is_sweep_override() and not command.options.multirun and known:
         command.problems.append(_stray_sweep(key, value, override))
         return
     if override.key_or_group == "parallel":
@@ -246,7 +247,9 @@ def _is_sound(override: Override, command: Command, loader: ConfigLoaderImpl, pr
     sections = known_keys(ROOTS[command.verb])
     if override.is_hydra_override() or key in sections:
         return True
-    value = None if override.is_delete() or override.is_sweep_override() else override.value()
+    value = None if override.is_delete() else override.value()
+    if override.is_sweep_override():
+        value = _text(override).partition("=")[2]
     names = [*sections, *loader.list_groups("")]
     problem, guess = unknown_key(key, value, names), suggest(key, names)
     if isinstance(value, str) and loader.get_group_options(guess or "."):

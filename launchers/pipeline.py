@@ -43,7 +43,9 @@ def show(config: PipelineRun) -> None:
         print(f"\ndrawn to {options.output}")
     if options.csv:
         write_schedule(schedule, options.csv)
-        print(f"\nwritten to {options.csv}; run it with parallel.schedule=csv parallel.schedule_file={options.csv}")
+        sizes = f"parallel.pipeline_parallel={ranks} parallel.chunks={chunks}"
+        print(f"\nwritten to {options.csv}; run it with parallel.schedule=csv parallel.schedule_file={options.csv} {sizes}")
+        print(f"and batch sizes that make {options.num_microbatches} microbatches (pipeline show: num_microbatches=...)")
 
 
 def _times(options: PipelineConfig) -> Times:

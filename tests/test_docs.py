@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megalm.checkpoint.sharded import write_manifest, write_pieces
+from megalm.config.reference import combinations
 from megalm.config.run import ROOTS
 from megalm.errors import ConfigError
 from megalm.launchers.check import check
@@ -153,6 +154,10 @@ def test_the_example_schedule_is_the_real_one():
     page = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
     for rank, actions in enumerate(one_forward_one_backward(2, 4).actions):
         assert f"rank {rank}   {' '.join(map(str, actions))}\n" in page
+
+
+def test_the_table_of_what_goes_together_is_the_rules():
+    assert combinations() in (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
 
 
 def test_pages_are_plain_ascii():

@@ -41,7 +41,7 @@ def markdown() -> str:
     """The text of docs/configuration.md."""
     parts = [_HEAD, _verbs()]
     parts += [_section(name, kind) for name, kind in _sections().items()]
-    return "\n".join([*parts, _rules(), "", _combinations()])
+    return "\n".join([*parts, _rules()])
 
 
 def _verbs() -> str:
@@ -82,8 +82,8 @@ def _rules() -> str:
     return "\n".join(["## Rules that join settings", "", "| rule | text |", "|---|---|", *rows])
 
 
-def _combinations() -> str:
-    """Which schedules go with which ZeRO, asked of the rules: `-` where one forbids it."""
+def combinations() -> str:
+    """Which schedules go with which ZeRO, asked of the rules: a Markdown table for docs/parallelism.md."""
     columns = {f"`zero{zero}{reduce}`": f"zero{zero}{reduce}" for reduce in ("", "_microbatch") for zero in (0, 1, 2, 3)}
     columns = {title: name for title, name in columns.items() if name not in ("zero0_microbatch", "zero1_microbatch")}
     tied = ("tied, `step`", "tied, `microbatch`")
@@ -95,17 +95,7 @@ def _combinations() -> str:
         cells += [_verdict(f"pp2_{schedule}_dp2_zero2{reduce}", tied=True) for reduce in ("", "_microbatch")]
         rows.append(f"| `{schedule}` | {' | '.join(cells)} |")
     head = ["", *columns, *tied]
-    return "\n".join(
-        [
-            "## Schedules and ZeRO",
-            "",
-            "Asked of the rules above; what has no rule name works. Tensor and sequence parallelism go with all of them.",
-            "",
-            f"| {' | '.join(head)} |",
-            "|---" * len(head) + "|",
-            *rows,
-        ]
-    )
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
 
 
 def _verdict(layout: str, tied: bool = False) -> str:

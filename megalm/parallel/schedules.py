@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megalm.config.parallel import TWO_CHUNKS
 from megalm.parallel.actions import (
     BACKWARD,
     FORWARD,

@@ -155,7 +155,7 @@ class ZeroEngine(Engine):
         self.deepspeed.step()
         self.skipped = bool(self.optimizer.overflow)
         self.steps_done += not self.skipped
-        if self.skipped and self.stage < 3 and not self.aliased:  # with offload DeepSpeed keeps it, and every later step overflows
+        if self.skipped and self.stage < 3 and not self.aliased:  # offload keeps it: every later step overflows
             self.optimizer.averaged_gradients = dict.fromkeys(self.optimizer.averaged_gradients)
         if self.loss_scale is not None:
             self.loss_scale.update(self.skipped)

@@ -43,10 +43,10 @@ def name_first(reference: Path, other: Path, step: int, precision: str, not_judg
     largest = max(found, key=lambda d: d.difference, default=None)
     if largest is None:
         return f"no module of step {step} was recorded by both runs"
-    return (
-        f"at step {step} every output, its gradient and every parameter's gradient agree (largest difference {largest}): "
-        "what differs comes after the backward: the norm of the gradients, clipping, or the update"
-    )
+    same = f"at step {step} every output, its gradient and every parameter's gradient agree (largest difference {largest}): "
+    if precision != "fp32" and largest.difference > TOLERANCE["fp32"]:
+        return f"{same}that is what {precision} can resolve; prove the layout with train.precision=fp32, or widen the tolerances"
+    return f"{same}what differs comes after the backward: the norm of the gradients, clipping, or the update"
 
 
 def compare_records(reference: Path, other: Path) -> list[Divergence]:

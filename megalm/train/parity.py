@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,14 +56,18 @@ def parity_command(config: ParityRun, command: str = "megalm parity", start: Sta
     if not config.data.path:
         write_random_corpus(work / "corpus", config)
     start = start or (start_process if uses_cuda(config) else Fork(PRELOAD))
+
+    def report() -> None:
+        """After every layout: a table that is stopped half-way is on file too."""
+        if config.parity.report:
+            tables = [Table(suite.model, suite.results) for suite in suites if suite.results]
+            write_report(config.parity.report.split(","), tables, config, command, time.perf_counter() - begin)
+
     for suite in suites:
-        run_suite(config, suite, start)
+        run_suite(config, suite, start, report)
     if not config.parity.keep:
         clear(work, suites)
     count = sum(len(suite.results) - 1 for suite in suites)
-    if config.parity.report:
-        tables = [Table(suite.model, suite.results) for suite in suites]
-        write_report(config.parity.report.split(","), tables, config, command, time.perf_counter() - begin)
     faults = [
         Problem(f"layout {result.layout}" + f" of {suite.model}" * (len(suites) > 1), None, "; ".join(result.faults))
         for suite in suites
@@ -109,13 +114,14 @@ def run_config(config: ParityRun, layout: str, folder: Path) -> RunConfig:
     return RunConfig(**sections)
 
 
-def run_suite(config: ParityRun, suite: Suite, start: Starter) -> None:
+def run_suite(config: ParityRun, suite: Suite, start: Starter, report: Callable[[], None]) -> None:
     """Run and compare all layouts of one model, and print a row for each."""
     clear_runs(suite)
     make_folder(suite.work)
     width = max(len(name) for name in suite.runs)
-    if len(config.parity.models) > 1:
-        log(f"\n{suite.model}")
+    if len(suite.runs) > 20 or len(config.parity.models) > 1:
+        count = len(suite.runs) - 1
+        log(f"\n{suite.model}, {count} layout{'s' * (count != 1)}")
     log(header(width))
     for name, run in suite.runs.items():
         begin = time.perf_counter()
@@ -133,6 +139,7 @@ def run_suite(config: ParityRun, suite: Suite, start: Starter) -> None:
         if result.first_step:
             result.faults.append(name_module(suite, name, result.first_step, start))
         log(row(result, width))
+        report()
 
 
 def start_layout(run: RunConfig, start: Starter) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megalm.errors import writing
+from megalm.log import log
 from megalm.parallel.tensor_parallel import ColumnParallelLinear, shard_of
 from megalm.train.trainer import Hook, StepResult, Trainer
 
@@ -45,6 +46,8 @@ class Recording(Hook):
         self.folder, self.step = folder, step
 
     def on_start(self, trainer: Trainer) -> None:
+        if trainer.state.step >= self.step:
+            log(f"no record: this run goes on after step {trainer.state.step}, and train.record_step is {self.step}")
         self.pieces: list[Piece] = []
         self.seen: set[tuple[str, str, tuple[int, ...]]] = set()
         self.samples: list[int] | None = None  # of the microbatch that is in a forward now

@@ -222,3 +222,9 @@ def test_a_schedule_of_ones_own_must_suit_the_run(rows: str, arguments: list[str
     assert [(problem.key, problem.fix) for problem in problems] == [("parallel.schedule_file", fix)]
     _, problems = inspect(parse("pretrain", [*common, *sizes, *arguments, fix]))
     assert problems == []
+
+
+def test_several_values_of_an_unknown_key_name_the_key() -> None:
+    _, problems = inspect(parse("pretrain", ["parallel=pp2", "stage_split=3,1"]))
+    assert [problem.key for problem in problems] == ["stage_split"]
+    assert "did you mean parallel.stage_split?" in problems[0].rule and "3,1" in problems[0].fix

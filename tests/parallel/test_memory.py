@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megalm.checkpoint import state as checkpoint
 from megalm.checkpoint.state import RunState, load_checkpoint, save_checkpoint
 from megalm.config.parallel import ParallelConfig
+from megalm.config.train import ITEM_BYTES
 from megalm.parallel import zero_config
 from megalm.parallel.engine import PlainEngine
 from megalm.parallel.memory import ModelStates, model_states
@@ -126,6 +127,10 @@ def test_gradients_are_never_whole_with_reduction_in_the_backward(measured, zero
         parameters, _, whole = rank[precision, (zero, "step")]
         _, _, shared = rank[precision, (zero, "microbatch")]
         assert whole - shared > 0.3 * 4 * parameters
+
+
+def test_bytes_of_an_element_are_those_of_its_dtype() -> None:
+    assert {name: dtype.itemsize for name, dtype in build.DTYPES.items()} == ITEM_BYTES
 
 
 def test_terms() -> None:

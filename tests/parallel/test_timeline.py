@@ -14,7 +14,7 @@ from torch import Tensor
 from megalm.parallel import pipeline
 from megalm.parallel.actions import BACKWARD, FORWARD, Action, Schedule, with_communication
 from megalm.parallel.schedules import SCHEDULES, build_schedule
-from megalm.parallel.timeline import EQUAL, Span, Timeline, Times, peaks, published_idle, simulate
+from megalm.parallel.timeline import EQUAL, Span, Timeline, Times, held, peaks, published_idle, simulate
 from megalm.parallel.topology import Group
 from megalm.parallel.weight_gradients import WeightGradients
 from megalm.testing import run_distributed
@@ -108,6 +108,12 @@ def test_activations_are_held_until_the_weights_have_their_gradient():
     order = "F0 F1 I0 F2 W0 I1 W1 I2 W2"
     actions = tuple(Action(word[0], 0, int(word[1])) for word in order.split())
     assert peaks(Schedule(1, 1, 3, (actions,))) == [3]
+
+
+def test_what_is_held_is_what_each_kind_adds_on_its_stage():
+    actions = [Action(kind, stage, 0) for kind, stage in (("F", 0), ("F", 1), ("I", 1), ("B", 0), ("W", 1))]
+    weights = [{"F": 1, "B": -1, "I": 0, "W": -1}, {"F": 10, "B": -10, "I": 20, "W": -30}]
+    assert list(held(actions, weights)) == [1, 11, 31, 30, 0]
 
 
 def test_a_schedule_that_cannot_finish_has_no_timeline():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from megalm.models.count import (
     count_stage_parameters,
 )
 from megalm.objectives.language_modeling import causal_loss
+from megalm.parallel.collectives import all_reduce
 from megalm.parallel.schedules import SCHEDULES, build_schedule
 from megalm.parallel.split import even_split
 from megalm.parallel.timeline import peaks
@@ -81,7 +83,7 @@ def test_memory_by_hand() -> None:
     model = ModelConfig("llama", 512, 64, 4, 4, ffn_size=192)
     first, second = predict_memory(config_of(model, pipeline_parallel=2, batch=8))
     tokens = 128  # of one microbatch
-    block = count_block_activations(model, "none", 2, fused=True)
+    block = count_block_activations(model, "none", 2)
     assert first.activations == 2 * 2 * block * tokens
     assert second.activations == (2 * block + count_head_activations(model, 2)) * tokens
     weights = count_stage_parameters(model, 2, True, False)
@@ -95,8 +97,8 @@ def test_weight_gradients_that_wait_hold_what_they_need(mode: str) -> None:
     model = ModelConfig("llama", 512, 64, 4, 4, ffn_size=192)
     config, tokens = config_of(model, pipeline_parallel=2, batch=8, schedule="zbh1"), 128
     config.train.recompute = mode
-    whole = count_block_activations(model, "none", 2, fused=True)
-    block = count_block_activations(model, mode, 2, fused=True)
+    whole = count_block_activations(model, "none", 2)
+    block = count_block_activations(model, mode, 2)
     kept = 2 * block + count_head_activations(model, 2)
     waiting = 2 * count_block_waiting(model, 2) + count_head_waiting(model, 2)
     first, last = (rank.activations / tokens for rank in predict_memory(config))
@@ -106,46 +108,42 @@ def test_weight_gradients_that_wait_hold_what_they_need(mode: str) -> None:
 
 
 def test_auto_counts_the_weight_gradients_that_wait() -> None:
-    """With recomputation nearly all that a rank of ZB-H1 holds waits, the more the later the rank; 1F1B has that at the start.
+    """With recomputation nearly all that ZB-H1 holds waits, the more the later the rank. 1F1B holds most on the first rank.
 
-    The head costs no more than a recomputed block's forward, so the work leaves the choice of stage to the memory.
+    The small head takes one layer from the last stage; which one gives another is the memory's choice.
     """
-    model = ModelConfig("llama", 64, 4096, 31, 32, 8, ffn_size=14336)
+    model = ModelConfig("llama", 64, 4096, 30, 32, 8, ffn_size=14336)
     splits = {}
     for schedule in ("1f1b", "zbh1"):
         config = config_of(model, pipeline_parallel=4, schedule=schedule, stage_split="auto")
         config.train.recompute, config.data.seq_length = "full", 8192
         splits[schedule] = layers_per_stage(config, 4)
-    assert splits == {"1f1b": [7, 8, 8, 8], "zbh1": [8, 8, 8, 7]}
+    assert splits == {"1f1b": [7, 8, 8, 7], "zbh1": [8, 8, 8, 6]}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_fewer_microbatches_show_as_much(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory and auto's counts are those of the whole schedule: of all microbatches, whatever their number."""
     chunks = 2 if name in ("bfs", "interleaved", "zbv", "dualpipev") else 1
-    found: list[list[object]] = [[], []]
-    for short in (True, False):
-        if not short:
-            monkeypatch.setattr(
-                forecast, "_schedule", lambda c: (build_schedule(name, c.parallel.pipeline_parallel, c.num_microbatches, chunks), 1)
-            )
-        for ranks in (2, 3, 5):
-            for batch in (1, 3, 7, 16, 18, 19, 23, 64, 67):
-                config = config_of(pipeline_parallel=ranks, chunks=chunks, schedule=name, batch=batch)
-                schedule, times = forecast._schedule(config)
-                moments = [{(times * n, times * m) for n, m in found} for found in forecast._fullest_moments(schedule)]
-                found[short] += [[rank.activations for rank in predict_memory(config)], moments]
-                assert [times * held for held in peaks(schedule)] == peaks(build_schedule(name, ranks, batch, chunks))
-    assert all(a == (b if isinstance(b, list) and isinstance(b[0], set) else pytest.approx(b)) for a, b in zip(*found, strict=True))
+    shortened = forecast._schedule
+    for ranks, batch in itertools.product((2, 3, 5), (1, 3, 7, 16, 18, 19, 23, 64, 67)):
+        config = config_of(pipeline_parallel=ranks, chunks=chunks, schedule=name, batch=batch)
+        whole = build_schedule(name, ranks, batch, chunks)
+        (schedule, times), memory = shortened(config), predict_memory(config)
+        with monkeypatch.context() as patch:
+            patch.setattr(forecast, "_schedule", lambda config, whole=whole: (whole, 1))
+            expected = predict_memory(config)
+        assert [rank.activations for rank in memory] == pytest.approx([rank.activations for rank in expected])
+        moments = [{(times * n, times * m) for n, m in stage} for stage in forecast._fullest_moments(schedule)]
+        assert moments == [set(stage) for stage in forecast._fullest_moments(whole)]
+        assert [times * held for held in peaks(schedule)] == peaks(whole)
 
 
 @pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("bfs", 2)])
 def test_schedules_that_hold_every_microbatch(schedule: str, chunks: int) -> None:
-    few, many = (
-        max(rank.activations for rank in predict_memory(config_of(pipeline_parallel=4, chunks=chunks, schedule=schedule, batch=m)))
-        for m in (16, 512)
-    )
-    assert many == 32 * few
+    few, many = (config_of(pipeline_parallel=4, chunks=chunks, schedule=schedule, batch=batch) for batch in (16, 512))
+    for one, other in zip(predict_memory(few), predict_memory(many), strict=True):
+        assert other.activations == 32 * one.activations > 0
 
 
 def test_a_remainder_makes_the_rounds_of_interleaved_longer() -> None:
@@ -169,7 +167,7 @@ def test_recomputation_needs_one_block_whole() -> None:
     model = ModelConfig("llama", 512, 64, 4, 4, ffn_size=192)
     config = config_of(model, pipeline_parallel=2, batch=8)
     config.train.recompute, config.train.recompute_every = "full", 2
-    whole, input_only = count_block_activations(model, "none", 2, fused=True), 64 * 2
+    whole, input_only = count_block_activations(model, "none", 2), 64 * 2
     assert predict_memory(config)[0].activations == (2 * (whole + input_only) + whole - input_only) * 128
 
 
@@ -193,6 +191,7 @@ def bytes_left(config: RunConfig, topology: Topology) -> tuple[int, int]:
         with Made() as made:
             queue.hold()
             causal_loss(stage(tokens[:, :-1], samples=torch.arange(2)), tokens[:, 1:], topology.tensor, 64).backward()
+        all_reduce(torch.zeros(1), topology.tensor)  # simulated ranks remember what they brought to the last collective
         stage.zero_grad()  # of biases, norms and embeddings
     waiting = queue.take()
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for _, *pair in waiting for tensor in pair}
@@ -200,8 +199,16 @@ def bytes_left(config: RunConfig, topology: Topology) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt"])
-@pytest.mark.parametrize(("size", "sequence"), [(1, False), (4, False), (4, True)])
-@pytest.mark.parametrize(("mode", "precision"), [("none", "fp32"), ("selective", "bf16"), ("full", "bf16")])
+@pytest.mark.parametrize(
+    ("size", "sequence", "mode", "precision"),
+    [
+        (1, False, "none", "fp32"),
+        (1, False, "selective", "bf16"),
+        (1, False, "full", "bf16"),
+        (4, False, "full", "fp32"),
+        (4, True, "none", "bf16"),
+    ],
+)
 def test_what_waits_is_what_is_counted(
     simulate: Callable[..., list],  # noqa: F811
     architecture: str,
@@ -216,14 +223,14 @@ def test_what_waits_is_what_is_counted(
     config.train.recompute, config.train.precision = mode, precision
     counted = 3 * count_block_waiting(model, DTYPES[precision].itemsize, size)
     counted += count_head_waiting(model, DTYPES[precision].itemsize, size)
-    found = [bytes_left(config, alone())] if size == 1 else simulate(size, sequence, lambda topology: bytes_left(config, topology))
-    for waiting, left in found:
+    ranks = [bytes_left(config, alone())] if size == 1 else simulate(size, sequence, lambda t: bytes_left(config, t))
+    for waiting, left in ranks:
         assert waiting / 128 == pytest.approx(counted, rel=0.01)
         assert left == pytest.approx(waiting, rel=0.03)
 
 
 PEAK = """
-import json, torch
+import ctypes, gc, json, torch
 from megalm.config.model import ModelConfig
 from megalm.config.run import RunConfig
 from megalm.parallel.topology import Group, Topology
@@ -242,6 +249,8 @@ build(ModelConfig("llama", 64, 64, 1, 4), 0, 1, 1, torch.float32)  # torch's own
 model = ModelConfig("llama", 32000, 2048, 24, 16, ffn_size=5632)
 found = []
 for stage, tensor, dtype in ((5, 1, torch.bfloat16), (5, 2, torch.float32), (23, 1, torch.float32)):
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the case before has freed goes back
     before = status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high water mark begins anew
