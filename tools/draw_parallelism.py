@@ -17,6 +17,7 @@ import torch
 
 from megalm.config.model import ModelConfig
 from megalm.errors import ConfigError, MegalmError, Problem
+from megalm.models.count import count_block_activations
 from megalm.models.plans import PLANS
 from megalm.models.registry import build_model
 from megalm.parallel.memory import ModelStates, model_states
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INK, QUIET, PAPER = "#0f172a", "#64748b", "#f1f5f9"
 RANKS = ("#2563eb", "#c2410c", "#15803d", "#7e22ce")
 STATES = {"weights": "#2563eb", "gradients": "#c2410c", "masters": "#15803d", "moments": "#7e22ce", "buckets": "#64748b"}
+MODES = ("none", "selective", "full")
 SHOWN = (
     "embedding", "layers.0.attention.q", "layers.0.attention.k", "layers.0.attention.v", "layers.0.attention.out",
     "layers.0.mlp.gate", "layers.0.mlp.up", "layers.0.mlp.down", "head",
@@ -117,6 +119,33 @@ def draw_schedules(plt: Any, path: Path, ranks: int = 4, microbatches: int = 8) 
     save_picture(str(path), panels, "output")
 
 
+def activation_cases() -> dict[str, dict[str, float]]:
+    """{layout: {recompute mode: KiB per token that one block of LLaMA 8B keeps on a rank, bf16}}."""
+    config = ModelConfig("llama", 128256, 4096, 32, 32, 8, ffn_size=14336, max_seq_length=8192)
+    layouts = {"one rank": (1, False), "tp8": (8, False), "tp8_sp": (8, True)}
+    return {
+        name: {mode: count_block_activations(config, mode, 2, *split) / 1024 for mode in MODES}
+        for name, split in layouts.items()
+    }
+
+
+def draw_activations(plt: Any, path: Path) -> None:
+    """What sequence parallelism and recomputation leave of a block's activations."""
+    figure, axis = plt.subplots(figsize=(8, 3.2))
+    for group, (name, sizes) in enumerate(activation_cases().items()):
+        for place, (mode, size) in enumerate(sizes.items()):
+            x = group + (place - 1) * 0.27
+            axis.bar(x, size, 0.25, color=RANKS[place], label=f"recompute={mode}" if group == 0 else None)
+            axis.text(x, size * 1.08, f"{size:.3g}", ha="center", fontsize=8, color=INK)
+        axis.text(group, 0.62, name, ha="center", va="top", fontsize=9, color=INK)
+    axis.set(xticks=[], yscale="log", ylim=(0.7, 500), ylabel="KiB per token")
+    axis.set_title("activations that one block of LLaMA 8B keeps on a rank, bf16", fontsize=10, color=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9)
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
 def states_table(parameters: int, copies: int) -> str:
     """The same numbers as Markdown."""
     names = [field.name for field in dataclasses.fields(ModelStates) if field.name in STATES]
@@ -131,6 +160,7 @@ FIGURES: dict[str, Callable[[Any, Path], None]] = {
     "tensor_parallel.svg": draw_tensor_parallel,
     "schedules.svg": draw_schedules,
     "zero.svg": draw_zero,
+    "activations.svg": draw_activations,
 }
 
 
