@@ -53,15 +53,17 @@ def _divides(name: str, key: str, divisor: str, when: Condition = lambda c: True
     )
 
 
-def _at_most(name: str, small: str, large: str) -> Rule:
+def _at_most(name: str, small: str, large: str, when: Condition = lambda c: True, also: tuple[str, ...] = ()) -> Rule:
+    """`also`: further keys to show."""
+
     def changes(c: RunConfig) -> list[Change]:
         return [(small, value_of(c, large)), (large, value_of(c, small))]
 
     return Rule(
         name,
-        (small, large),
+        (small, large, *also),
         f"{small} must not exceed {large}",
-        lambda c: value_of(c, small) <= value_of(c, large),
+        lambda c: not when(c) or value_of(c, small) <= value_of(c, large),
         changes,
     )
 
@@ -115,11 +117,9 @@ def _batch_changes(c: RunConfig) -> list[Change]:
 
 def _gpu_changes(c: RunConfig) -> list[Change]:
     size = c.parallel.model_parallel
-    return [
-        *((_PROCESSES, count) for count in range(count_gpus() // size * size, 0, -size)),
-        ("cluster.device", "cpu"),
-        (_PROCESSES, 0),
-    ]
+    fitting = [(_PROCESSES, count) for count in range(count_gpus() // size * size, 0, -size)]
+    # One process per GPU is no cure for a layout larger than the GPUs: the layout's own rule would ask for more again.
+    return [*fitting, ("cluster.device", "cpu"), *([(_PROCESSES, 0)] if fitting else [])]
 
 
 def _warmup_changes(c: RunConfig) -> list[Change]:
@@ -251,13 +251,7 @@ RULES: tuple[Rule, ...] = (
         lambda c: not c.train.trace or c.train.trace.endswith(".json"),
         lambda c: [("train.trace", f"{c.train.trace}.json"), ("train.trace", "")],
     ),
-    Rule(
-        "trace_reached",
-        ("train.trace_step", "train.steps", "train.trace"),
-        "train.trace_step must not exceed train.steps",
-        lambda c: not c.train.trace or c.train.trace_step <= c.train.steps,
-        lambda c: [("train.trace_step", c.train.steps), ("train.steps", c.train.trace_step)],
-    ),
+    _at_most("trace_reached", "train.trace_step", "train.steps", lambda c: bool(c.train.trace), also=("train.trace",)),
     _at_most("ledger_reached", "train.ledger_step", "train.steps"),
     needs(
         "record_step_used",
@@ -268,13 +262,7 @@ RULES: tuple[Rule, ...] = (
         ("train.record", "runs/record"),
         "train.record_step has no effect without train.record",
     ),
-    Rule(
-        "record_step_runs",
-        ("train.record_step", "train.steps"),
-        "train.record_step must not exceed train.steps",
-        lambda c: not c.train.record or c.train.record_step <= c.train.steps,
-        lambda c: [("train.record_step", c.train.steps), ("train.steps", c.train.record_step)],
-    ),
+    _at_most("record_step_runs", "train.record_step", "train.steps", lambda c: bool(c.train.record)),
     _at_most("lr_order", "optim.min_lr", "optim.lr"),
     Rule(
         "warmup_ends",

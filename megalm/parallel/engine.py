@@ -106,6 +106,11 @@ class Engine(ABC):
     def prepare_load(self, steps_done: int) -> None:
         """Make room for moments of an optimizer that has done `steps_done` steps; call before the first `write`."""
 
+    @property
+    def scale(self) -> float:
+        """What gradients are multiplied by until the step; 1 without a loss scale."""
+        return 1.0 if self.loss_scale is None else self.loss_scale.scale
+
     def saved_name(self, name: str) -> str:
         """The name under which a checkpoint knows a parameter of this rank."""
         return self.tie.original if self.tie is not None and name == self.tie.name else name
@@ -195,7 +200,7 @@ class PlainEngine(Engine):
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
-        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        scale = self.scale  # what the gradients have; it may change for the next step
         norm = self._global_norm() / scale
         if self.loss_scale is not None:
             self.skipped = not bool(norm.isfinite())  # sync
@@ -221,7 +226,7 @@ class PlainEngine(Engine):
 
     def _global_norm(self) -> Tensor:
         """L2 norm over every element of the model, each counted once; with a loss scale inf if any of them is not finite."""
-        views = self.gradients if self.reduced is self.flat_gradients else self._views(self.reduced)
+        views = self._reduced_views()
         norms = dict(zip(views, torch._foreach_norm(list(views.values())), strict=True))
         counted = [norm for name, norm in norms.items() if self.counts_in_norm(name)]
         squares = torch.stack(counted).double().square().sum() if counted else torch.zeros((), dtype=torch.float64)
@@ -231,8 +236,11 @@ class PlainEngine(Engine):
         return all_reduce(squares.to(self.topology.device), self.topology.model).sqrt().float()
 
     def gradient(self, name: str) -> Tensor:
-        views = self.gradients if self.reduced is self.flat_gradients else self._views(self.reduced)
-        return views[name] / (1.0 if self.loss_scale is None else self.loss_scale.scale)
+        return self._reduced_views()[name] / self.scale
+
+    def _reduced_views(self) -> dict[str, Tensor]:
+        """What the step uses, in the parameters' shapes."""
+        return self.gradients if self.reduced is self.flat_gradients else self._views(self.reduced)
 
     def read(self, name: str, kind: str) -> Tensor:
         return self.weights[name].detach() if kind == WEIGHT else self._moments(kind)[name]

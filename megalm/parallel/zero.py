@@ -173,7 +173,7 @@ class ZeroEngine(Engine):
     def gradient(self, name: str) -> Tensor:
         parameter: Any = self.parameters[name]
         whole = self.optimizer.get_fp32_grad_for_param(parameter) if self.stage == 3 else parameter.get_full_hp_grad()
-        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale / self.topology.data.size
+        scale = 1.0 if self.loss_scale is None else self.scale / self.topology.data.size
         return whole.float().view(self.shapes[name]) / scale
 
     def read(self, name: str, kind: str) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from megalm.config.parallel import ParallelConfig
-from megalm.parallel.engine import ParameterGroup, PlainEngine
+from megalm.parallel.engine import ParameterGroup
 from megalm.parallel.topology import Topology, build_topology
 from megalm.parallel.zero import ZeroEngine
 from megalm.testing import run_distributed
@@ -28,7 +28,7 @@ from tests.parallel.tiny import (
     load_state,
     state_of,
     tiny_config,
-    toy_groups,
+    toy_engine,
     toy_step,
     train,
 )
@@ -42,11 +42,7 @@ EACH = pytest.mark.parametrize(("stage", "precision"), RUNS, ids=[f"zero{s}-{p}"
 
 def build(stage: int, dtype: torch.dtype, topology: Topology, clip: float = CLIP, model: nn.Module | None = None):
     """A model and its engine; stage 0 is the plain one."""
-    model = (model or Toy()).to(dtype)
-    groups = toy_groups(model)
-    if stage == 0:
-        return model, PlainEngine(groups, adamw, topology, clip)
-    return model, ZeroEngine(nn.ModuleList([model]), groups, adamw, topology, clip, ParallelConfig(zero=stage))
+    return toy_engine(ParallelConfig(zero=stage), dtype, topology, clip, model)
 
 
 def largest(a: dict, b: dict) -> float:

@@ -28,6 +28,7 @@ from tests.parallel.tiny import (
     load_state,
     state_of,
     tiny_config,
+    toy_engine,
     toy_groups,
     toy_step,
     train,
@@ -47,27 +48,19 @@ KINDS = {
 RUNS = list(itertools.product(KINDS, PRECISIONS))
 
 
-def build(parallel: ParallelConfig, dtype: torch.dtype, topology: Topology):
-    model = Toy().to(dtype)
-    groups = toy_groups(model)
-    if parallel.zero == 0:
-        return model, PlainEngine(groups, adamw, topology, 0.5)
-    return model, ZeroEngine(nn.ModuleList([model]), groups, adamw, topology, 0.5, parallel)
-
-
 def largest(a: dict, b: dict) -> float:
     return max(((a[key] - b[key]).abs().max() / b[key].abs().max().clamp(min=1.0)).item() for key in a)
 
 
 def compare(parallel: ParallelConfig, dtype: torch.dtype, topology: Topology) -> dict:
     """Steps, then the state into a fresh engine, and one step more."""
-    (plain_model, plain), (model, engine) = (build(kind, dtype, topology) for kind in (ParallelConfig(), parallel))
+    (plain_model, plain), (model, engine) = (toy_engine(kind, dtype, topology) for kind in (ParallelConfig(), parallel))
     wanted = [toy_step(plain, plain_model, step) for step in range(STEPS)]
     steps = [toy_step(engine, model, step) for step in range(STEPS)]
     norm = max(abs(a[1] - b[1]) / b[1] for a, b in zip(steps, wanted, strict=True))
     state = state_of(engine)
     result = {"norm": norm, "state": largest(state, state_of(plain))}
-    other_model, other = build(parallel, dtype, topology)
+    other_model, other = toy_engine(parallel, dtype, topology)
     load_state(other, state, STEPS)
     result["loaded"] = largest(state_of(other), state)
     a, b = toy_step(other, other_model, STEPS)[1], toy_step(plain, plain_model, STEPS)[1]
@@ -76,7 +69,7 @@ def compare(parallel: ParallelConfig, dtype: torch.dtype, topology: Topology) ->
 
 def held_behind_a_backward(parallel: ParallelConfig, topology: Topology) -> int:
     """Elements of gradients left on the parameters after the first microbatch."""
-    model, engine = build(parallel, torch.float32, topology)
+    model, engine = toy_engine(parallel, torch.float32, topology)
     with engine.accumulate():
         engine.scale_loss(model(torch.ones(1, 5)).sum()).backward()
         engine.after_backward()

@@ -10,23 +10,13 @@ import torch
 from torch import nn
 
 from megalm.config.parallel import ParallelConfig
-from megalm.parallel.engine import Engine, PlainEngine
 from megalm.parallel.schedules import build_schedule
 from megalm.parallel.topology import Topology, build_topology
-from megalm.parallel.zero import ZeroEngine
 from megalm.testing import run_distributed
 from megalm.train.build import DTYPES, build_engine, build_queue, build_stage
-from tests.parallel.tiny import LR, Toy, adamw, loss_of, samples, tiny_config, toy_groups, toy_losses
+from tests.parallel.tiny import LR, loss_of, samples, tiny_config, toy_engine, toy_losses
 
 KINDS = list(itertools.product((0, 1, 2, 3), ("fp32", "bf16")))
-
-
-def build(zero: int, precision: str, topology: Topology) -> tuple[nn.Module, Engine]:
-    model = Toy().to(DTYPES[precision])
-    groups = toy_groups(model)
-    if zero == 0:
-        return model, PlainEngine(groups, adamw, topology, 0.5)
-    return model, ZeroEngine(nn.ModuleList([model]), groups, adamw, topology, 0.5, ParallelConfig(zero=zero))
 
 
 def gathered(topology: Topology) -> tuple[list[int], list[int], int]:
@@ -58,7 +48,7 @@ def gathered(topology: Topology) -> tuple[list[int], list[int], int]:
 
 def spoiled(zero: int, precision: str, topology: Topology) -> float:
     """The norm of a step in which one gradient on one rank is not a number."""
-    model, engine = build(zero, precision, topology)
+    model, engine = toy_engine(ParallelConfig(zero=zero), DTYPES[precision], topology)
     with engine.accumulate():
         for loss in toy_losses(model, 0, DTYPES[precision], topology.data.rank, 2):
             engine.before_backward()

@@ -16,11 +16,12 @@ from megalm.config.train import TrainConfig
 from megalm.objectives.language_modeling import causal_loss
 from megalm.optim.adam import build_optimizer
 from megalm.optim.groups import build_groups
-from megalm.parallel.engine import MOMENTS, WEIGHT, Engine, ParameterGroup
+from megalm.parallel.engine import MOMENTS, WEIGHT, Engine, ParameterGroup, PlainEngine
 from megalm.parallel.pipeline import PipelineExecutor, Spec
 from megalm.parallel.schedules import build_schedule
 from megalm.parallel.tensor_parallel import local_slice
 from megalm.parallel.topology import Group, Topology, build_topology
+from megalm.parallel.zero import ZeroEngine
 from megalm.train.build import DTYPES, build_engine, build_place, build_queue, build_stage, share_tied
 
 SEQ_LENGTH, VOCAB = 8, 32
@@ -147,6 +148,17 @@ class Toy(nn.Module):
 def toy_groups(model: nn.Module) -> list[ParameterGroup]:
     """Matrices decay, the rest does not, in an order that is not the model's."""
     return [group for group in reversed(build_groups(dict(model.named_parameters()), 0.1)) if group.parameters]
+
+
+def toy_engine(
+    parallel: ParallelConfig, dtype: torch.dtype, topology: Topology, clip: float = 0.5, model: nn.Module | None = None
+) -> tuple[nn.Module, Engine]:
+    """A toy and the engine of `parallel.zero` for it."""
+    model = (model or Toy()).to(dtype)
+    groups = toy_groups(model)
+    if parallel.zero == 0:
+        return model, PlainEngine(groups, adamw, topology, clip)
+    return model, ZeroEngine(nn.ModuleList([model]), groups, adamw, topology, clip, parallel)
 
 
 def adamw(param_groups: list[dict]) -> torch.optim.Optimizer:
