@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from megalm.errors import ConfigError, MegalmError
@@ -12,8 +12,11 @@ from megalm.errors import ConfigError, MegalmError
 Task = Callable[[Any], Any]
 
 
-def run_verb(verb: str, task: Task) -> None:
-    """The command line of `verb`: exits with 2 for a user's mistake, 130 for Ctrl-C, and no traceback for either."""
+def run_verb(verb: str, task: Task | Mapping[str, Task]) -> None:
+    """The command line of `verb`: exits with 2 for a user's mistake, 130 for Ctrl-C, and no traceback for either.
+
+    task: gets the config; a verb with several subverbs has a task for each.
+    """
     try:
         _run(verb, task)
     except MegalmError as error:
@@ -48,7 +51,7 @@ def job_arguments(typed: list[str], config: Any) -> list[str]:
     return [*keep, *HydraConfig.get().overrides.task, override("train.run_dir", config.train.run_dir)]
 
 
-def _run(verb: str, task: Task) -> None:
+def _run(verb: str, tasks: Task | Mapping[str, Task]) -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         from megalm.launchers.options import help_text
 
@@ -64,6 +67,7 @@ def _run(verb: str, task: Task) -> None:
         if problems:
             raise ConfigError(*problems)
 
+    task = tasks[command.subverb] if isinstance(tasks, Mapping) else tasks
     failures: list[MegalmError] = []
 
     def job(composed: Any) -> Any:

@@ -16,8 +16,16 @@ VERBS = {
     "doctor": "Look at this machine: versions, devices, network, disk; what is missing and how to mend it.",
     "parity": "Prove that layouts compute what one rank computes.",
     "pipeline": "Draw a pipeline schedule, with its bubble and its memory, and compare all of them.",
+    "kernels": "The GPU kernels: which would run here and why, whether they compile well, how fast they are.",
 }
-SUBVERBS = {"pipeline": "show"}  # the only one so far, which may be left out
+SUBVERBS = {  # of a verb; the first is meant where none is typed
+    "pipeline": {"show": "Draw the schedule and say what it costs."},
+    "kernels": {
+        "explain": "Which implementation of each operation would run here, and why.",
+        "compile": "Compile every kernel for every architecture, without a GPU; exit 1 if one spills registers.",
+        "bench": "Time every operation beside its peers.",
+    },
+}
 
 
 def usage() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import itertools
 from argparse import Namespace
@@ -41,7 +42,8 @@ HYDRA_SETTINGS = (
 )
 MAX_CHECKED_JOBS = 32  # of a sweep, before it starts; every job is checked again when it runs
 
-_OWN_SECTION = {"pretrain": "train"}  # whose keys may stand alone; of any other verb, the section of its name
+# Whose keys may stand alone; of any other verb, the sections of the names of its subverb and of itself.
+_OWN_SECTION = {"pretrain": "train"}
 _PLAIN_DOLLAR = r"name a key of the config, or write \${...} for the text itself"
 
 
@@ -50,6 +52,7 @@ class Command:
     """A command line that Hydra would accept, and the problems found while reading it."""
 
     verb: str
+    subverb: str  # of a verb that has some
     options: Namespace
     config_name: str
     overrides: list[Override] = field(default_factory=list)
@@ -75,10 +78,11 @@ class Command:
 def parse(verb: str, argv: list[str]) -> Command:
     """Reads the arguments of a verb; registers the verb's defaults, a yaml file among the arguments, and layouts."""
     ConfigStore.instance().store(name=f"{verb}_defaults", node=defaults_of(ROOTS[verb]), provider="megalm")
-    if argv[:1] == [SUBVERBS.get(verb)]:
-        argv = argv[1:]
+    subverbs = SUBVERBS.get(verb, {})
+    typed = argv[:1] if argv and argv[0] in subverbs else []
+    subverb, argv = next(iter([*typed, *subverbs]), ""), argv[len(typed) :]
     options, unknown = get_args_parser().parse_known_intermixed_args(argv)
-    command = Command(verb, options, options.config_name or verb)
+    command = Command(verb, subverb, options, options.config_name or verb)
     command.problems += map(_unknown_flag, unknown)
     if options.experimental_rerun:
         command.problems.append(
@@ -170,15 +174,13 @@ def _unknown_flag(flag: str) -> Problem:
 
 def _add_override(command: Command, text: str) -> None:
     key, equals, value = text.partition("=")
-    own = f"{_OWN_SECTION.get(command.verb, command.verb)}.{key}"
-    if equals and own in known_keys(ROOTS[command.verb]):  # `megalm parity steps=20` means parity.steps
+    known = known_keys(ROOTS[command.verb])
+    sections = (command.subverb, _OWN_SECTION.get(command.verb, command.verb))
+    own = next((f"{section}.{key}" for section in sections if f"{section}.{key}" in known), "")
+    if equals and own:  # `megalm parity steps=20` means parity.steps
         key, text = own, f"{own}={value}"
     elif not equals and not text.startswith("~"):
-        guess = suggest(key, known_keys(ROOTS[command.verb]))
-        hint = f"; did you mean {guess}=...?" if guess else ""
-        command.problems.append(
-            Problem(text, None, f"an argument is key=value or a yaml file{hint}", fix=f"megalm {command.verb} --help")
-        )
+        command.problems.append(_stray_word(command, text))
         return
     kinds = {name: kind for name, _, kind in leaves(ROOTS[command.verb])}
     if kinds.get(key.lstrip("+")) is str and not command.options.multirun:  # text is what was typed
@@ -189,13 +191,25 @@ def _add_override(command: Command, text: str) -> None:
         rule = "cannot read this value: text that holds , = : { } [ ] or quotes needs quotes"
         command.problems.append(Problem(key, value, rule, fix=assign(key, value)))
         return
-    known = key.lstrip("+~") in known_keys(ROOTS[command.verb]) or bool(_loader(command.options).get_group_options(key))
-    if override.is_sweep_override() and not command.options.multirun and known:
+    exists = key.lstrip("+~") in known or bool(_loader(command.options).get_group_options(key))
+    if override.is_sweep_override() and not command.options.multirun and exists:
         command.problems.append(_stray_sweep(key, value, override))
         return
     if override.key_or_group == "parallel":
         _register_layouts(command.options, _choices(override))
     command.overrides.append(override)
+
+
+def _stray_word(command: Command, text: str) -> Problem:
+    verb, subverbs = command.verb, SUBVERBS.get(command.verb, {})
+    rule = "an argument is key=value or a yaml file"
+    close = difflib.get_close_matches(text, subverbs, 1)
+    if close:  # misspelt, or not right after the verb
+        meant = f"megalm {verb} {close[0]}"
+        return Problem(text, None, f"{rule}; did you mean {meant}?", ", ".join(subverbs), meant)
+    guess = suggest(text, known_keys(ROOTS[verb]))
+    hint = f"; did you mean {guess}=...?" if guess else ""
+    return Problem(text, None, f"{rule}{hint}", fix=f"megalm {verb} --help")
 
 
 def _stray_sweep(key: str, value: str, override: Override) -> Problem:

@@ -66,7 +66,11 @@ def _flat(prefix: str, node: dict) -> Iterator[tuple[str, Any]]:
 def help_text(verb: str) -> str:
     """All options of a verb, with the values that it has when nothing is typed."""
 
-    lines = [_USAGE.format(verb=f"{verb} {SUBVERBS.get(verb, '')}".strip(), line=VERBS[verb])]
+    subverbs = SUBVERBS.get(verb, {})
+    lines = [_USAGE.format(verb=f"{verb} {' | '.join(subverbs)}".strip(), line=VERBS[verb])]
+    if len(subverbs) > 1:
+        width = max(map(len, subverbs))
+        lines += [*(f"  {name:{width}}  {line}" for name, line in subverbs.items()), ""]
     choices = groups(verb)
     if choices:
         width = max(map(len, choices)) + 1

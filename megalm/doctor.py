@@ -20,10 +20,6 @@ from megalm import __version__
 
 REQUIRED = ("torch", "deepspeed", "numpy", "hydra-core", "omegaconf", "tokenizers", "safetensors", "tqdm")
 OPTIONAL = ("triton", "wandb", "tensorboard")
-APEX_BUILD = (
-    "git clone https://github.com/NVIDIA/apex && cd apex && "
-    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
-)
 _GIB = 2**30
 _LEAST_DISK_GIB, _LEAST_SHM_GIB = 10, 1
 
@@ -138,20 +134,13 @@ def _triton() -> Iterator[Row]:
 
 def _apex() -> Iterator[Row]:
     """Looked at, never imported: PyPI's package of that name is an old web toolkit."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None or not spec.submodule_search_locations:
+    from megalm_kernels.apex import find_apex  # loads torch
+
+    apex = find_apex()
+    if apex.state == "absent":
         yield Row("apex", "ok", "absent (optional: megalm's own kernels do its work)")
-        return
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    if not all((folder / part).exists() for part in ("normalization/fused_layer_norm.py", "optimizers/fused_adam.py")):
-        detail = f"{folder} is another package of that name (PyPI's web toolkit), not NVIDIA's"
-        yield Row("apex", "warn", detail, f"pip uninstall apex  # NVIDIA's, if wanted: {APEX_BUILD}")
-        return
-    built = [name for name in ("amp_C", "fused_layer_norm_cuda") if importlib.util.find_spec(name)]
-    if len(built) == 2:
-        yield Row("apex", "ok", f"with its CUDA extensions, at {folder}")
     else:
-        yield Row("apex", "warn", f"without its CUDA extensions (python only), at {folder}", APEX_BUILD)
+        yield Row("apex", "ok" if apex.state == "full" else "warn", apex.words, apex.mend)
 
 
 def _compiler() -> Iterator[Row]:

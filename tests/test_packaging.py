@@ -31,11 +31,16 @@ def package_folder(package: str) -> Path:
 
 def packages_on_disk() -> set[str]:
     """Every folder with Python files, by the name that it must be imported by."""
-    names = {"launchers": "megalm.launchers", "conf": "megalm.conf"}
-    folders = {file.parent for top in ("megalm", *names) for file in (ROOT / top).rglob("*.py")}
-    parts = [folder.relative_to(ROOT).parts for folder in folders]
-    found = {".".join([names.get(part[0], part[0]), *part[1:]]) for part in parts}
-    return found | {folder.parent.name for folder in (ROOT / "kernels").glob("*/__init__.py")}
+    names = {
+        "megalm": "megalm",
+        "launchers": "megalm.launchers",
+        "conf": "megalm.conf",
+        "kernels/megalm_kernels": "megalm_kernels",
+        "kernels/benchmarks": "megalm_kernels.benchmarks",
+    }
+    assert {f"kernels/{folder.parent.name}" for folder in (ROOT / "kernels").glob("*/*.py")} <= set(names)
+    folders = [(file.parent.relative_to(ROOT / top), name) for top, name in names.items() for file in (ROOT / top).rglob("*.py")]
+    return {".".join([name, *folder.parts]) for folder, name in folders}
 
 
 def test_every_package_is_listed():

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from megalm.checkpoint.state import RunState
 from megalm.config.data import DataConfig
+from megalm.config.kernels import KernelsConfig
 from megalm.config.model import ModelConfig
 from megalm.config.optim import OptimConfig
 from megalm.config.parallel import ParallelConfig
 from megalm.config.run import RunConfig
-from megalm.config.train import ClusterConfig, KernelsConfig, TrainConfig
+from megalm.config.train import ClusterConfig, TrainConfig
 from megalm.config.validate import check
 from megalm.data.corpus import corpus_of
 from megalm.parallel.pipeline import PipelineExecutor, Spec

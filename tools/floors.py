@@ -37,7 +37,10 @@ ANYONE = "megalm"  # the root package holds the version, and imports nothing of 
 DATA_ONLY = "megalm.conf"  # yaml: Hydra reads it by name, nobody imports it
 BANS = {"megalm.models": ["megalm.parallel"], "megalm.config": ["megalm_kernels"]}
 OWNERS = {"deepspeed": ["megalm.parallel.zero"]}  # modules whose name starts so may import it
-STANDS_ON = {"megalm_kernels": {"torch", "triton", "apex"}}  # apex is a peer, used where it happens to be installed
+STANDS_ON = {  # the closest room counts; apex is a peer, used where it happens to be installed
+    "megalm_kernels": {"torch", "triton", "apex"},
+    "megalm_kernels.benchmarks": {"megalm_kernels", "torch", "matplotlib"},  # other peers by name, where they are installed
+}
 HEAVY = {"torch", "triton", "deepspeed"}
 NO_TORCH = ["megalm.config", "megalm.errors"]  # never, also not inside a function
 NO_TORCH_AT_START = ["megalm.launchers", "megalm.doctor"]  # inside a function only: a bad config dies in a second
@@ -47,6 +50,7 @@ SOURCES = {
     "launchers": "megalm.launchers",
     "conf": DATA_ONLY,
     "kernels/megalm_kernels": "megalm_kernels",
+    "kernels/benchmarks": "megalm_kernels.benchmarks",
 }
 
 
@@ -162,9 +166,10 @@ def check_bans(imports: list[Import]) -> Iterator[str]:
         owners = OWNERS.get(top)
         if owners and not line.module.startswith(tuple(owners)):
             yield f"{line.place}: only {', '.join(owners)} may import {top}, and {line.module} does"
-        for room, ground in STANDS_ON.items():
-            if is_in(line.module, room) and top not in {room, *ground, *sys.stdlib_module_names}:
-                yield f"{line.place}: {room} may import {', '.join(sorted(ground))} only, and imports {line.target}"
+        room = max((room for room in STANDS_ON if is_in(line.module, room)), key=len, default="")
+        if room and top not in {room, *STANDS_ON[room], *sys.stdlib_module_names}:
+            ground = ", ".join(sorted(STANDS_ON[room]))
+            yield f"{line.place}: {room} may import {ground} only, and imports {line.target}"
         if top in CHECKOUT_ONLY:
             yield f"{line.place}: {line.module} imports {line.target}, a folder of the checkout that is not installed"
 

@@ -1,17 +1,25 @@
 """The hot operations of a transformer. Each has a plain reference beside it and is chosen once by `dispatch`."""
 
+from megalm_kernels.activations import bias_gelu, bias_gelu_reference, geglu, geglu_reference, swiglu, swiglu_reference
+from megalm_kernels.apex import Apex, find_apex
 from megalm_kernels.cross_entropy import cross_entropy, cross_entropy_reference
-from megalm_kernels.dispatch import Choice, choose, explain
+from megalm_kernels.dispatch import Choice, Unavailable, choose, explain, use
 from megalm_kernels.flash_attention import flash_attention, flash_attention_reference
 from megalm_kernels.fused_adam import fused_adam, fused_adam_reference
-from megalm_kernels.layer_norm import layer_norm, layer_norm_reference
-from megalm_kernels.rms_norm import rms_norm, rms_norm_reference
+from megalm_kernels.l2_norm import l2_norm, l2_norm_reference
+from megalm_kernels.norms import LayerNorm, RMSNorm, layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
+from megalm_kernels.optimizer import FusedAdamW
 from megalm_kernels.rotary import rotary, rotary_reference
-from megalm_kernels.swiglu import swiglu, swiglu_reference
 
 __all__ = [
+    "Apex",
+    "find_apex",
     "Choice",
+    "Unavailable",
     "choose",
+    "use",
+    "bias_gelu",
+    "bias_gelu_reference",
     "cross_entropy",
     "cross_entropy_reference",
     "explain",
@@ -19,6 +27,13 @@ __all__ = [
     "flash_attention_reference",
     "fused_adam",
     "fused_adam_reference",
+    "geglu",
+    "geglu_reference",
+    "l2_norm",
+    "l2_norm_reference",
+    "FusedAdamW",
+    "LayerNorm",
+    "RMSNorm",
     "layer_norm",
     "layer_norm_reference",
     "rms_norm",

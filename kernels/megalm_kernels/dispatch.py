@@ -1,16 +1,31 @@
 """One registry: for each operation its implementations, the one that was chosen, and why.
 
-A kernel file registers what it has; `choose(backend, device_type)` picks one per operation, once, before the first
-forward. Nothing is decided inside a forward, and `explain()` says what runs and why the others do not.
+An operation's file registers what it has; `choose` picks one per operation, once, before the first forward. Nothing is
+decided inside a forward, and `explain()` says what runs and why the others do not.
+
+    torch    torch's own operators; anywhere
+    triton   the kernels in device/: on a GPU of sm_80 or newer, and on the CPU under TRITON_INTERPRET=1
+    apex     NVIDIA's apex where it is installed with its CUDA extensions; only when asked for by name
+
+`auto` takes triton where it can run, else torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-PREFERENCE = ("triton", "apex", "torch")  # `auto` takes the first that is usable
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef, custom_op, infer_schema
+
+from megalm_kernels import compat
+
+PREFERENCE = ("triton", "torch")  # `auto` takes the first that is usable
+OLDEST_ARCH = 80
 
 
 @dataclass(frozen=True)
@@ -20,6 +35,14 @@ class Choice:
     operation: str
     backend: str
     reason: str
+
+
+class Unavailable(ValueError):
+    """An implementation that was asked for and cannot run here: operation, backend, reason."""
+
+    def __init__(self, operation: str, backend: str, device_type: str, reason: str):
+        super().__init__(f"{operation} has no implementation for backend={backend} on {device_type}: {reason}")
+        self.operation, self.backend, self.reason = operation, backend, reason
 
 
 @dataclass(frozen=True)
@@ -39,35 +62,102 @@ def register(
     _registry.setdefault(operation, {})[backend] = _Implementation(function, obstacle)
 
 
-def choose(backend: str = "auto", device_type: str = "cpu") -> list[Choice]:
-    """Choose one implementation for every operation; later calls replace the choice. Raises ValueError if one has none."""
+def choose(backend: str = "auto", device_type: str = "", operations: Mapping[str, str] | None = None) -> list[Choice]:
+    """Choose one implementation for every operation; later calls replace the choice. Raises Unavailable if one has none.
+
+    backend: for all of them, of which `operations` names exceptions ({"rms_norm": "apex"}; "auto" there: as `backend`).
+    A backend that some operation does not have at all leaves that one on auto. device_type: cuda where there is a GPU.
+    """
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    named = {name: wish for name, wish in (operations or {}).items() if wish != "auto"}
+    unknown = sorted(named.keys() - _registry.keys())
+    if unknown:
+        raise ValueError(f"no operation is called {unknown[0]}; there are {', '.join(sorted(_registry))}")
+    picked = {name: _pick(name, named.get(name, backend), device_type, name in named) for name in _registry}
     _chosen.clear()
-    for operation in _registry:
-        _chosen[operation] = _pick(operation, backend, device_type)
+    _chosen.update(picked)
     return explain()
 
 
-def _pick(operation: str, backend: str, device_type: str) -> tuple[Callable[..., Any], Choice]:
-    passed_over: list[str] = []
-    for name in PREFERENCE if backend == "auto" else (backend,):
-        implementation = _registry[operation].get(name)
-        obstacle = "not written" if implementation is None else implementation.obstacle(device_type)
-        if implementation is not None and not obstacle:
-            why = "asked for" if backend != "auto" else "; ".join(passed_over) or "first choice"
-            return implementation.function, Choice(operation, name, why)
+@contextmanager
+def use(backend: str = "auto", device_type: str = "", **operations: str) -> Iterator[list[Choice]]:
+    """Another choice for the calls inside: `with use(rms_norm="torch"):`. Not for a forward: choose before it."""
+    before = dict(_chosen)
+    try:
+        yield choose(backend, device_type, operations)
+    finally:
+        _chosen.clear()
+        _chosen.update(before)
+
+
+def _pick(operation: str, backend: str, device_type: str, by_name: bool) -> tuple[Callable[..., Any], Choice]:
+    has = _registry[operation]
+    asked = backend != "auto" and (by_name or backend in has)
+    passed_over = [] if asked or backend in ("auto", *PREFERENCE) else [f"{backend}: has none"]
+    for name in (backend,) if asked else PREFERENCE:
+        obstacle = has[name].obstacle(device_type) if name in has else "has none"
+        if not obstacle:
+            why = "asked for" if asked else "; ".join(passed_over) or "the fastest here"
+            return has[name].function, Choice(operation, name, why)
         passed_over.append(f"{name}: {obstacle}")
-    raise ValueError(
-        f"no implementation of {operation} for kernels.backend={backend} on {device_type}: {'; '.join(passed_over)}"
-    )
+    raise Unavailable(operation, backend, device_type, f"{'; '.join(passed_over)} (it has {', '.join(sorted(has))})")
 
 
 def implementation(operation: str) -> Callable[..., Any]:
-    """The function that runs for `operation`; `auto` on the CPU if nobody has chosen yet."""
+    """The function that runs for `operation`; `auto` for this machine if nobody has chosen yet."""
     if operation not in _chosen:
-        _chosen[operation] = _pick(operation, "auto", "cpu")
+        choose()
     return _chosen[operation][0]
 
 
 def explain() -> list[Choice]:
     """What was chosen, by operation."""
     return [choice for _, choice in sorted(_chosen.values(), key=lambda pair: pair[1].operation)]
+
+
+def triton_obstacle(device_type: str) -> str:
+    """Why Triton kernels cannot run on this kind of device; '' if they can."""
+    if not compat.installed():
+        return "triton is not installed"
+    if compat.interpreting():
+        return "" if device_type == "cpu" else "TRITON_INTERPRET=1 runs kernels on the CPU only"
+    if device_type != "cuda":
+        return "no GPU"
+    if torch.version.hip:
+        return "an AMD GPU, which the kernels were never tried on"
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < OLDEST_ARCH:
+        return f"the GPU is sm_{major}{minor}, the oldest that has block sizes is sm_{OLDEST_ARCH}"
+    return ""
+
+
+def kernel_op(name: str, launcher: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Register an operator `megalm::name` of torch.library: opaque to torch.compile, so it compiles with no GPU.
+
+    launcher: "file:function" in megalm_kernels.device, with the same arguments; runs on CUDA, and on the CPU in the
+    interpreter. The decorated function is what a CPU does otherwise, in plain torch. The caller adds `register_fake` and,
+    if it has a gradient, `register_autograd`. mutates: names of the arguments it writes into.
+    """
+
+    def decorate(plain: Callable[..., Any]) -> CustomOpDef:
+        file, function = launcher.split(":")
+
+        def on_device(*args: Any, **kwargs: Any) -> Any:
+            module = importlib.import_module(f"megalm_kernels.device.{file}")
+            return getattr(module, function)(*args, **kwargs)
+
+        def on_cpu(*args: Any, **kwargs: Any) -> Any:
+            return (on_device if compat.interpreting() else plain)(*args, **kwargs)
+
+        schema = infer_schema(plain, mutates_args=mutates)
+        op = custom_op(f"megalm::{name}", on_device, mutates_args=mutates, device_types="cuda", schema=schema)
+        op.register_kernel("cpu", on_cpu)
+        return op
+
+    return decorate
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., N) as (T, N) with a row's columns next to each other in memory; copied only where no view is so."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

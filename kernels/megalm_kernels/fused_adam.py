@@ -1,49 +1,178 @@
 """AdamW on one flat buffer (Loshchilov and Hutter 2019), in place.
 
-m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
+g = grad_scale grad;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
 p = p (1 - lr weight_decay) - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+What p is, by what is given beside `param`:
+
+    nothing           param itself: fp32, or bf16 or fp16 rounded to the nearest, which loses what is below its last bit
+    master            an fp32 master copy; param (bf16 or fp16) is rounded from it
+    remainder         param (bf16) and the int16 remainder are the two halves of an fp32 master: 2 bytes less, and exact
+    stochastic_seed   param (bf16), rounded by chance so that what is lost is right on average
+
+Bytes moved per parameter, gradients in the dtype of param: 28 in fp32; with master 28, with remainder 26, by chance 22.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from megalm_kernels.dispatch import implementation, register
+from megalm_kernels.arguments import check_device, check_dtype, check_shape, refuse
+from megalm_kernels.dispatch import implementation, kernel_op, register, triton_obstacle
+from megalm_kernels.rounding import join_fp32, split_fp32, stochastic_round
+
+_NAME = "fused_adam"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
 
 
 def fused_adam(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
-    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, step: int | Tensor, lr: float | Tensor,
+    beta1: float, beta2: float, eps: float, weight_decay: float, master: Tensor | None = None, remainder: Tensor | None = None,
+    stochastic_seed: int | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One AdamW step, in place on param, exp_avg and exp_avg_sq: fp32, one shape, contiguous. `step` counts from 1."""
-    implementation("fused_adam")(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay)
+    """One AdamW step, in place on param, exp_avg, exp_avg_sq and master or remainder. See above for what these do.
 
-
-def fused_adam_reference(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
-    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
-) -> None:  # fmt: skip
-    """The formulas above, one line each."""
-    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    param.mul_(1 - lr * weight_decay)
-    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
-    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
-
-
-def _fused_adam_torch(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
-    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
-) -> None:  # fmt: skip
-    steps_done = torch.full((), step - 1.0, device=param.device)  # torch counts it up itself
-    adamw(
-        [param], [grad], [exp_avg], [exp_avg_sq], [], [steps_done], fused=True, amsgrad=False,
-        beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
+    param: fp32, bf16 or fp16; grad: any of these; exp_avg, exp_avg_sq, master: fp32; remainder: int16. All contiguous, of one
+    shape and on one device. step: the number of this step, from 1. step, lr, grad_scale (multiplies the gradient) and
+    found_inf (not 0: nothing changes) may be, the last two must be, fp32 tensors of one element on that device, which the
+    host does not wait for: the step can be captured in a CUDA graph. stochastic_seed: 64 bits; with `step`, picks the chance.
+    Raises ValueError for anything else.
+    """
+    _check(param, grad, exp_avg, exp_avg_sq, master, remainder, stochastic_seed)
+    scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
+    for name, scalar in scalars.items():
+        if isinstance(scalar, Tensor):
+            _check_scalar(name, scalar, param)
+    if isinstance(step, int) and step < 1:
+        raise refuse(_NAME, "step", step, "at least 1")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0.0 <= beta < 1.0:
+            raise refuse(_NAME, name, beta, "at least 0 and less than 1")
+    implementation(_NAME)(
+        param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay,
+        master, remainder, stochastic_seed, grad_scale, found_inf,
     )  # fmt: skip
 
 
-register("fused_adam", "torch", _fused_adam_torch)
+def _check(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
+    master: Tensor | None, remainder: Tensor | None, stochastic_seed: int | None,
+) -> None:  # fmt: skip
+    """Raises ValueError for the first argument that is not as `fused_adam` says."""
+    check_dtype(_NAME, "param", param, _FLOATS)
+    beside = {"master": master, "remainder": remainder, "stochastic_seed": stochastic_seed}
+    given = [name for name, what in beside.items() if what is not None]
+    if len(given) > 1:
+        raise refuse(_NAME, " and ".join(given), "given", "one of them at most")
+    if remainder is not None or stochastic_seed is not None:
+        check_dtype(_NAME, f"param (with {given[0]})", param, _BF16)
+    if master is not None:
+        check_dtype(_NAME, "param (with master)", param, (torch.bfloat16, torch.float16))
+    wanted = {"param": _FLOATS, "grad": _FLOATS, "exp_avg": _FP32, "exp_avg_sq": _FP32, "master": _FP32, "remainder": (torch.int16,)}
+    tensors = (param, grad, exp_avg, exp_avg_sq, master, remainder)
+    for (name, dtypes), x in zip(wanted.items(), tensors, strict=True):
+        if x is not None:
+            check_device(_NAME, name, x, param)
+            check_dtype(_NAME, name, x, dtypes)
+            check_shape(_NAME, name, x, param.shape)
+            if not x.is_contiguous():
+                raise refuse(_NAME, name, f"a view with strides {x.stride()}", "contiguous")
+
+
+def _check_scalar(name: str, x: Tensor, param: Tensor) -> None:
+    """Raises ValueError unless x is one fp32 number beside param."""
+    check_dtype(_NAME, name, x, _FP32)
+    if x.numel() != 1:
+        raise refuse(_NAME, f"the shape of {name}", tuple(x.shape), "one element")
+    check_device(_NAME, name, x, param)
+
+
+def fused_adam_reference(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, step: int | Tensor, lr: float | Tensor,
+    beta1: float, beta2: float, eps: float, weight_decay: float, master: Tensor | None = None, remainder: Tensor | None = None,
+    stochastic_seed: int | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The formulas above, one line each, in fp32 or, if the moments are fp64, in fp64. Reads the device scalars: it waits."""
+    if found_inf is not None and float(found_inf) != 0.0:
+        return
+    t, rate = int(step), float(lr)
+    p, store = (param, param.copy_) if param.dtype == torch.float64 else _fp32_of(param, master, remainder, stochastic_seed, t)
+    p, g = p.to(exp_avg.dtype), grad.to(exp_avg.dtype) * (1.0 if grad_scale is None else grad_scale.to(exp_avg.dtype))
+    exp_avg.mul_(beta1).add_(g, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**t)).add_(eps)
+    store((p * (1 - rate * weight_decay)).addcdiv_(exp_avg, denominator, value=-rate / (1 - beta1**t)))
+
+
+def _fp32_of(
+    param: Tensor, master: Tensor | None, remainder: Tensor | None, seed: int | None, step: int | Tensor
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """What the step starts from, in fp32 and not in param's memory, and the function that puts the result where it belongs."""
+    if master is not None:
+        return master, lambda p: (master.copy_(p), param.copy_(p))
+    if remainder is not None:
+        return join_fp32(param, remainder), lambda p: [x.copy_(half) for x, half in zip((param, remainder), split_fp32(p), strict=True)]
+    if seed is not None:
+        return param.float(), lambda p: param.copy_(stochastic_round(p, seed, step))
+    return param.to(torch.float32, copy=True), param.copy_
+
+
+def _fused_adam_torch(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int | Tensor, lr: float | Tensor,
+    beta1: float, beta2: float, eps: float, weight_decay: float, master: Tensor | None = None, remainder: Tensor | None = None,
+    stochastic_seed: int | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+) -> None:  # fmt: skip
+    """torch's own fused AdamW, on fp32; what is in 16 bits is widened before and rounded behind it."""
+    steps_done = step.detach().float().reshape(()) - 1.0 if isinstance(step, Tensor) else torch.full((), step - 1.0, device=param.device)
+    g = grad.float() if grad_scale is None else grad.float() * grad_scale
+    p, store = (param, None) if param.dtype == torch.float32 else _fp32_of(param, master, remainder, stochastic_seed, step)
+    skip = None if found_inf is None else (found_inf.reshape(()) != 0).float()  # torch compares with 1
+    adamw(
+        [p], [g], [exp_avg], [exp_avg_sq], [], [steps_done], fused=True, amsgrad=False, grad_scale=None, found_inf=skip,
+        beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
+    )  # fmt: skip
+    if store is not None:
+        before = None if skip is None else param.clone()
+        store(p)
+        if skip is not None and before is not None:  # rounding again, by chance or of a param set by hand, would change it
+            param.copy_(torch.where(skip != 0, before, param))
+
+
+@kernel_op(_NAME, "fused_adam:fused_adam", mutates=("param", "exp_avg", "exp_avg_sq", "master", "remainder"))
+def _fused_adam_op(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, remainder: Tensor | None,
+    step_on_device: Tensor | None, lr_on_device: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None,
+    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, stochastic_seed: int | None,
+) -> None:  # fmt: skip
+    _fused_adam_torch(
+        param, grad, exp_avg, exp_avg_sq, step if step_on_device is None else step_on_device,
+        lr if lr_on_device is None else lr_on_device, beta1, beta2, eps, weight_decay,
+        master, remainder, stochastic_seed, grad_scale, found_inf,
+    )  # fmt: skip
+
+
+_fused_adam_op.register_fake(lambda *args, **kwargs: None)
+
+
+def _fused_adam_triton(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int | Tensor, lr: float | Tensor,
+    beta1: float, beta2: float, eps: float, weight_decay: float, master: Tensor | None = None, remainder: Tensor | None = None,
+    stochastic_seed: int | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+) -> None:  # fmt: skip
+    steps, rates = (x if isinstance(x, Tensor) else None for x in (step, lr))
+    _fused_adam_op(
+        param, grad, exp_avg, exp_avg_sq, master, remainder, steps, rates, grad_scale, found_inf,
+        0 if isinstance(step, Tensor) else step, 0.0 if isinstance(lr, Tensor) else lr,
+        beta1, beta2, eps, weight_decay, stochastic_seed,
+    )  # fmt: skip
+
+
+register(_NAME, "torch", _fused_adam_torch)
+register(_NAME, "triton", _fused_adam_triton, triton_obstacle)

@@ -19,6 +19,7 @@ TYPE_NAMES = {
     float: "a number",
     str: "text",
     list[str]: "a list of texts",
+    list[int]: "a list of whole numbers",
 }
 
 _BOOLEAN_WORDS = {
@@ -83,8 +84,18 @@ def convert(kind: Any, value: Any) -> Any:
         return value if isinstance(value, bool) else WRONG
     if kind is str:
         return value if isinstance(value, str) and value != "???" else WRONG
-    assert kind == list[str], f"no reader for fields of type {kind}"
-    return list(value) if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value) else WRONG
+    assert is_list(kind), f"no reader for fields of type {kind}"
+    items = [convert(_item_of(kind), item) for item in value] if isinstance(value, (list, tuple)) else [WRONG]
+    return WRONG if any(item is WRONG for item in items) else items
+
+
+def is_list(kind: Any) -> bool:
+    """Whether fields of this type hold a list; `allowed` is then what its items may be."""
+    return kind in (list[str], list[int])
+
+
+def _item_of(kind: Any) -> Any:
+    return typing.get_args(kind)[0]
 
 
 def _number(value: Any) -> float | None:
@@ -100,11 +111,12 @@ def _number(value: Any) -> float | None:
 def is_legal(field: dataclasses.Field, value: Any) -> bool:
     """A value of the right type lies within the field's own bounds."""
     bounds = field.metadata
+    if not bounds["empty"] and value in ("", []):
+        return False
     if bounds["allowed"]:
-        return value in bounds["allowed"]
+        return all(item in bounds["allowed"] for item in (value if isinstance(value, list) else [value]))
     return (
-        (bounds["empty"] or value != "")
-        and (bounds["minimum"] is None or value >= bounds["minimum"])
+        (bounds["minimum"] is None or value >= bounds["minimum"])
         and (bounds["maximum"] is None or value <= bounds["maximum"])
         and (bounds["above"] is None or value > bounds["above"])
     )
@@ -114,7 +126,7 @@ def describe(field: dataclasses.Field, kind: Any) -> str:
     """The legal values in words."""
     bounds = field.metadata
     if bounds["allowed"]:
-        return ", ".join(map(str, bounds["allowed"]))
+        return ("a list of " if is_list(kind) else "") + ", ".join(map(str, bounds["allowed"]))
     if not bounds["empty"]:
         return "text, not empty"
     limits = [f"{sign} {bounds[name]:g}" for name, sign in _SIGNS.items() if bounds[name] is not None]
@@ -131,6 +143,9 @@ def nearest(field: dataclasses.Field, kind: Any, value: Any) -> Any:
     if guess is WRONG:
         return default_of(field)
     allowed, minimum, maximum = (field.metadata[name] for name in ("allowed", "minimum", "maximum"))
+    if allowed and is_list(kind):
+        near = [item for wish in guess for item in difflib.get_close_matches(str(wish), map(str, allowed), 1)]
+        return [item for item in allowed if str(item) in near] or default_of(field)
     if allowed and kind is str:
         matches = [guess] if guess in allowed else difflib.get_close_matches(guess.lower(), allowed, 1)
         return matches[0] if matches else default_of(field)
@@ -156,7 +171,7 @@ def _reinterpret(kind: Any, value: Any) -> Any:
         return str(value)
     if kind is str and isinstance(value, (list, tuple)) and value:
         return ",".join(map(str, value))
-    return [value] if kind == list[str] and isinstance(value, str) else WRONG
+    return [value] if is_list(kind) and convert(_item_of(kind), value) is not WRONG else WRONG
 
 
 def quote(text: str) -> str:

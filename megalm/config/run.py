@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from megalm.config.data import DataConfig
 from megalm.config.knobs import knob, section
+from megalm.config.kernels import KernelsConfig
 from megalm.config.model import ModelConfig
 from megalm.config.optim import OptimConfig
 from megalm.config.parallel import ParallelConfig
-from megalm.config.tasks import DoctorRun, GenerateRun, PipelineRun, PrepareRun
-from megalm.config.train import CheckpointConfig, ClusterConfig, KernelsConfig, TrackingConfig, TrainConfig
+from megalm.config.tasks import DoctorRun, GenerateRun, KernelsRun, PipelineRun, PrepareRun
+from megalm.config.train import CheckpointConfig, ClusterConfig, TrackingConfig, TrainConfig
 
 
 @dataclass
@@ -70,4 +71,5 @@ ROOTS: dict[str, type] = {
     "doctor": DoctorRun,
     "parity": ParityRun,
     "pipeline": PipelineRun,
+    "kernels": KernelsRun,
 }

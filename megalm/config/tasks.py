@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megalm.config.data import PrepareConfig
+from megalm.config.kernels import KERNELS, KernelsConfig
 from megalm.config.knobs import knob, section
 from megalm.config.parallel import USUALLY_TWO, ParallelConfig
+
+PEERS = ("torch", "apex", "torch.compile", "torch fused", "torch foreach", "foreach", "liger", "deepspeed")  # of benchmarks
 
 
 @dataclass
@@ -81,3 +84,48 @@ class PipelineRun:
         """A schedule that lives on two chunks is shown with two, unless more are asked for."""
         if self.parallel.schedule in USUALLY_TWO and self.parallel.chunks == 1:
             self.parallel.chunks = 2
+
+
+@dataclass
+class ExplainConfig:
+    """megalm kernels explain: which implementation of each operation would run here, and why."""
+
+    device: str = knob("auto", "auto: cuda where there is a GPU, else cpu", allowed=("auto", "cpu", "cuda"))
+    output: str = knob("text", "how to print", allowed=("text", "json"))
+
+
+@dataclass
+class CompileConfig:
+    """megalm kernels compile: compile every kernel in every configuration, without a GPU, and look at the machine code."""
+
+    arch: list[int] = knob(
+        [80, 90, 100],
+        "compute capabilities: 80 A100, 86 and 89 workstations, 90 H100 and H200, 100 B200, 120",
+        allowed=(80, 86, 89, 90, 100, 120),
+        empty=False,
+    )
+    ops: list[str] = knob([], "operations; empty: all, and only then must every table row be used", allowed=KERNELS)
+    precompile: bool = knob(False, "leave the kernels in Triton's cache (TRITON_CACHE_DIR) for launches on a GPU to find")
+    workers: int = knob(2, "kernels compiled at the same time", minimum=1, maximum=64)
+    output: str = knob("text", "how to print", allowed=("text", "json"))
+
+
+@dataclass
+class BenchConfig:
+    """megalm kernels bench: time every operation beside its peers, under the ceilings measured in the same process."""
+
+    ops: list[str] = knob([], "operations; empty: all", allowed=KERNELS)
+    device: str = knob("auto", "auto: cuda where there is a GPU, else cpu", allowed=("auto", "cpu", "cuda"))
+    quick: bool = knob(False, "few sizes and repetitions")
+    peers: list[str] = knob([], "besides ours; empty: all that are installed", allowed=PEERS)
+    results: str = knob("runs/kernels", "folder for the results (JSON) and pictures (PNG)", empty=False)
+
+
+@dataclass
+class KernelsRun:
+    """Root of `megalm kernels`."""
+
+    kernels: KernelsConfig = section(KernelsConfig)
+    explain: ExplainConfig = section(ExplainConfig)
+    compile: CompileConfig = section(CompileConfig)
+    bench: BenchConfig = section(BenchConfig)

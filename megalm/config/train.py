@@ -93,13 +93,3 @@ class ClusterConfig:
     rendezvous_seconds: int = knob(300, "how long the first ranks wait for the last one to start", minimum=1)
     timeout_seconds: int = knob(600, "a collective that takes longer ends the run", minimum=1)
     threads: int = knob(0, "CPU threads per process; 0: the cores shared evenly", minimum=0, maximum=512)
-
-
-@dataclass
-class KernelsConfig:
-    """Which implementation of each hot operation runs."""
-
-    backend: str = knob(
-        "auto", "auto: the fastest that works here, chosen once and reported", allowed=("auto", "torch")
-    )
-    fuse_projections: bool = knob(False, "q, k and v in one matrix product, and gate and up; the parameters stay apart")

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 
-from megalm.config import fields, schedule_rules, stage_split, zero_rules
+from megalm.config import fields, kernel_rules, schedule_rules, stage_split, zero_rules
 from megalm.config.fixes import Change, Rule, broken, cures, divisors, multiples, needs, plan, value_of, with_value
 from megalm.config.layouts import candidate_layouts, sample_layouts, with_layout, with_model
 from megalm.config.machine import count_gpus, data_parallel, launched_processes, processes, uses_cuda
@@ -204,6 +204,7 @@ RULES: tuple[Rule, ...] = (
     *stage_split.RULES,
     *schedule_rules.RULES,
     *zero_rules.RULES,
+    *kernel_rules.RULES,
     Rule(
         "batch_divides",
         ("train.global_batch_size", "train.micro_batch_size", "data parallel copies"),

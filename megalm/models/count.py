@@ -59,12 +59,14 @@ def count_block_activations(
     tensor_parallel: int = 1,
     sequence_parallel: bool = False,
     fused: bool = False,
+    triton: bool = False,
 ) -> float:
     """Bytes per token that one block keeps on one rank from its forward to its backward, its input included.
 
     After Korthikanti et al. 2022, equations 1 to 4 and 6, for our operations: attention keeps no score matrix but its
     result and fp32 logarithms of sums (flash attention), the masks of dropout are 1 byte, and norms keep fp32 statistics.
     `fused` (kernels.fuse_projections): rotary turns copies of q and k, and the product they lie in stays for v's sake.
+    `triton` (kernels.swiglu): the kernel computes silu(gate) again in the backward; torch's operators keep it.
     """
     t, s = tensor_parallel, tensor_parallel if sequence_parallel else 1
     llama, e = config.architecture == "llama", element_bytes
@@ -81,7 +83,7 @@ def count_block_activations(
     attention += q + kv if fused and llama else 0
     statistics = 2 * (4 if llama else 8) / s
     masks = 2 * config.hidden_size / s if config.dropout else 0
-    return 2 * (hidden + gathered) + attention + inner * (4 if llama else 2) + statistics + masks
+    return 2 * (hidden + gathered) + attention + inner * (2 if not llama else 3 if triton else 4) + statistics + masks
 
 
 def count_block_waiting(config: ModelConfig, element_bytes: int, tensor_parallel: int = 1) -> float:
@@ -101,9 +103,17 @@ def count_head_waiting(config: ModelConfig, element_bytes: int, tensor_parallel:
 
 
 def count_head_activations(
-    config: ModelConfig, element_bytes: int, tensor_parallel: int = 1, sequence_parallel: bool = False
+    config: ModelConfig,
+    element_bytes: int,
+    tensor_parallel: int = 1,
+    sequence_parallel: bool = False,
+    triton: bool = False,
 ) -> float:
-    """Bytes per token that the last norm, the head and the loss keep on one rank: fp32 probabilities over the vocabulary."""
+    """Bytes per token that the last norm, the head and the loss keep on one rank.
+
+    The loss keeps fp32 probabilities over the vocabulary; with `triton` (kernels.cross_entropy) the logits as they are.
+    """
     s = tensor_parallel if sequence_parallel else 1
     statistics = (4 if config.architecture == "llama" else 8) / s
-    return config.hidden_size * element_bytes * (1 + 1 / s) + statistics + 4 * config.vocab_size / tensor_parallel
+    per_logit = element_bytes if triton else 4
+    return config.hidden_size * element_bytes * (1 + 1 / s) + statistics + per_logit * config.vocab_size / tensor_parallel

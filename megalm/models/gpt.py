@@ -7,7 +7,8 @@ from torch import nn
 from megalm.models.attention import Attention
 from megalm.models.block import Block
 from megalm.models.decoder import Decoder
-from megalm.models.layers import GeluMLP, LayerNorm, PositionEmbedding
+from megalm.models.layers import GeluMLP, PositionEmbedding
+from megalm_kernels import LayerNorm
 
 
 class GPT(Decoder):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalm.models.dropout import keep_mask
-from megalm_kernels import layer_norm, rms_norm, swiglu
+from megalm_kernels import swiglu
 from megalm_kernels.linear import linears
 
 
@@ -23,31 +23,6 @@ def project_together(x: Tensor, projections: tuple[nn.Module, ...], fuse: bool) 
         return tuple(project(x) for project in projections)
     weights, biases = [p.weight for p in projections], [p.bias for p in projections]
     return linears(x, weights, biases, getattr(projections[0], "queue", None))  # type: ignore[arg-type]
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm with a learned scale. x (..., E)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class LayerNorm(nn.Module):
-    """Layer norm with a learned scale and bias. x (..., E)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class OnSequenceSlice(nn.Module):

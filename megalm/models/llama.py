@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from megalm.models.attention import Attention
 from megalm.models.block import Block
 from megalm.models.decoder import Decoder
-from megalm.models.layers import RMSNorm, SwigluMLP
+from megalm.models.layers import SwigluMLP
+from megalm_kernels import RMSNorm
 
 
 class Llama(Decoder):

@@ -16,37 +16,31 @@ from torch import Tensor
 from megalm.parallel.collectives import all_reduce
 from megalm.parallel.topology import Group
 from megalm_kernels import cross_entropy
-from megalm_kernels.cross_entropy import IGNORE
+from megalm_kernels.cross_entropy import IGNORE, cross_entropy_gradient, cross_entropy_statistics
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: Group, vocab_size: int) -> Tensor:
-        x = logits.float()
-        start, length = group.rank * x.shape[-1], x.shape[-1]
-        if start + length > vocab_size:  # columns that only fill this rank's part up
-            columns = torch.arange(start, start + length, device=x.device)
-            x = x.masked_fill(columns >= vocab_size, -torch.inf)
-        largest = all_reduce(x.max(dim=-1).values, group, dist.ReduceOp.MAX)
-        x = x - largest.unsqueeze(-1)
-        elsewhere = (labels < start) | (labels >= start + length)
-        column = (labels - start).masked_fill(elsewhere, 0)
-        picked = x.gather(-1, column.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-        exponentials = x.exp_()  # x is ours: the subtraction made it
-        sums = torch.stack((picked, exponentials.sum(-1)))  # both in one all-reduce
-        picked, total = all_reduce(sums, group)
-        counted = labels != IGNORE
-        ctx.save_for_backward(exponentials.div_(total.unsqueeze(-1)), column, elsewhere, counted)
+        ctx.columns = dict(first=group.rank * logits.shape[-1], vocab_size=vocab_size)
+        here = cross_entropy_statistics(logits, labels, **ctx.columns)
+        largest = all_reduce(here.largest.clone(), group, dist.ReduceOp.MAX)
+        sums = torch.stack((here.target, here.total * torch.exp(here.largest - largest)))  # both in one all-reduce
+        target, total = all_reduce(sums, group)
+        if here.exponentials is None:
+            ctx.save_for_backward(logits, None, labels, largest, total)
+        else:
+            ctx.save_for_backward(here.exponentials, here.largest, labels, largest, total)
         ctx.dtype = logits.dtype
-        return (total.log() - picked) * counted
+        return (total.log() + (largest - target)).where(labels != IGNORE, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """d loss / d logit = softmax - 1 at the label."""
-        softmax, column, elsewhere, counted = ctx.saved_tensors
-        here = (~elsewhere).to(softmax.dtype).unsqueeze(-1)
-        gradient = softmax.scatter_add_(-1, column.unsqueeze(-1), -here)  # in place: there is one backward per forward
-        return gradient.mul_((grad * counted).unsqueeze(-1)).to(ctx.dtype), None, None, None
+        logits, anchor, labels, largest, total = ctx.saved_tensors
+        ours = anchor is not None  # exponentials, which only this backward reads
+        gradient = cross_entropy_gradient(logits, labels, largest, total, grad, **ctx.columns, anchor=anchor, inplace=ours)
+        return gradient.to(ctx.dtype), None, None, None
 
 
 def token_losses(logits: Tensor, labels: Tensor, group: Group, vocab_size: int) -> Tensor:

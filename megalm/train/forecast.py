@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megalm.config.machine import uses_cuda
 from megalm.config.run import RunConfig
 from megalm.config.stage_split import AUTO, explicit_split
 from megalm.config.train import ITEM_BYTES
@@ -163,8 +164,15 @@ def _kept_by_block(config: RunConfig, mode: str) -> float:
     """Bytes that one block keeps of one microbatch."""
     parallel, fused = config.parallel, config.kernels.fuse_projections and config.parallel.zero < 3
     sizes = (ITEM_BYTES[config.train.precision], parallel.tensor_parallel, parallel.sequence_parallel)
-    per_token = count_block_activations(config.model, mode, *sizes, fused=fused)
+    per_token = count_block_activations(config.model, mode, *sizes, fused=fused, triton=_on_triton(config, "swiglu"))
     return per_token * _tokens(config)
+
+
+def _on_triton(config: RunConfig, operation: str) -> bool:
+    """Whether an operation will run as a Triton kernel: asked for, or left to a machine that has a GPU."""
+    wish = config.kernels.operations()[operation]
+    wish = config.kernels.backend if wish == "auto" else wish
+    return wish == "triton" or (wish != "torch" and uses_cuda(config))
 
 
 def _tokens(config: RunConfig) -> int:
@@ -185,6 +193,6 @@ def _kept(config: RunConfig, stage: int, layers: range, num_stages: int) -> floa
     kept = again * _kept_by_block(config, config.train.recompute) + (len(layers) - again) * _kept_by_block(config, "none")
     if stage == num_stages - 1:
         parallel, precision = config.parallel, config.train.precision
-        head = count_head_activations(config.model, ITEM_BYTES[precision], parallel.tensor_parallel, parallel.sequence_parallel)
-        kept += head * _tokens(config)
+        sizes = (ITEM_BYTES[precision], parallel.tensor_parallel, parallel.sequence_parallel)
+        kept += count_head_activations(config.model, *sizes, triton=_on_triton(config, "cross_entropy")) * _tokens(config)
     return kept

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import yaml
 
-import megalm_kernels
 from megalm.checkpoint.sharded import LATEST, MANIFEST, find_checkpoint, read_manifest
 from megalm.checkpoint.state import RunState, load_checkpoint, state_of
 from megalm.config.fields import flatten
@@ -29,10 +28,12 @@ from megalm.parallel.workers import make_folder, note_error
 from megalm.train.build import build_job
 from megalm.train.counting import Counting
 from megalm.train.hooks import Checkpointing, Evaluating, Logging, ProgressBar
+from megalm.train.kernels import choose_kernels, describe
 from megalm.train.record import Recording
 from megalm.train.trace import Tracing
 from megalm.train.tracking import build_trackers
 from megalm.train.trainer import Hook, Trainer
+from megalm_kernels import Choice
 
 
 def pretrain(config: RunConfig) -> None:
@@ -83,7 +84,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
     if source is not None and _is_finished(config, source):
         return
     topology = build_topology(config.parallel, device, timedelta(seconds=config.cluster.timeout_seconds))
-    choices = megalm_kernels.choose(config.kernels.backend, device.type)
+    choices = choose_kernels(config.kernels, device.type)
     _announce(config, topology, corpus, choices)
     job = build_job(config, topology, corpus, draw=source is None)
     fingerprint = corpus.fingerprint()
@@ -160,7 +161,7 @@ def _check_same_data(source: Path, state: RunState, config: RunConfig, fingerpri
         )
 
 
-def _announce(config: RunConfig, topology: Topology, corpus: Corpus, choices: list[Any]) -> None:
+def _announce(config: RunConfig, topology: Topology, corpus: Corpus, choices: list[Choice]) -> None:
     """One look at what is about to run."""
     model, layout = config.model, layout_name(config.parallel, topology.data.size)
     log(
@@ -170,5 +171,4 @@ def _announce(config: RunConfig, topology: Topology, corpus: Corpus, choices: li
     )
     if corpus.unigram_entropy is not None:
         log(f"corpus: {corpus.indexed.num_tokens:,} tokens, unigram entropy {corpus.unigram_entropy:.4f} nats per token")
-    backends = ", ".join(sorted({choice.backend for choice in choices}))
-    log(f"kernels: {backends} ({'; '.join(sorted({choice.reason for choice in choices}))}); pid {os.getpid()}")
+    log(f"kernels: {describe(choices)}; pid {os.getpid()}")

@@ -8,7 +8,7 @@ import pytest
 
 from megalm.config.reader import defaults_of, forbidden, read, suggest
 from megalm.config.run import ROOTS, ParityRun, RunConfig
-from megalm.config.tasks import GenerateRun
+from megalm.config.tasks import GenerateRun, KernelsRun
 
 
 def fault(raw: dict, root: type = RunConfig) -> tuple[str, str, str]:
@@ -45,6 +45,28 @@ def test_list_of_texts() -> None:
     config, problems = read(ParityRun, {"parity": {"layouts": ["tp2", "pp2"]}})
     assert problems == []
     assert config.parity.layouts == ["tp2", "pp2"]
+
+
+def test_list_of_numbers() -> None:
+    config, problems = read(KernelsRun, {"compile": {"arch": [90, 80], "ops": ["rotary"]}})
+    assert problems == []
+    assert (config.compile.arch, config.compile.ops) == ([90, 80], ["rotary"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule", "fix"),
+    [
+        ("arch", [90, "x"], "wrong type", "'compile.arch=[80,90,100]'"),
+        ("arch", [90.0], "wrong type", "'compile.arch=[80,90,100]'"),
+        ("arch", 90, "wrong type", "'compile.arch=[90]'"),
+        ("arch", [90, 70], "not one of the allowed values", "'compile.arch=[90]'"),
+        ("arch", [], "not one of the allowed values", "'compile.arch=[80,90,100]'"),
+        ("ops", ["swiglu", "rms_nrom"], "not one of the allowed values", "'compile.ops=[rms_norm,swiglu]'"),
+        ("ops", "rotary", "wrong type", "'compile.ops=[rotary]'"),
+    ],
+)
+def test_lists_of_what_is_allowed(key: str, value: object, rule: str, fix: str) -> None:
+    assert fault({"compile": {key: value}}, KernelsRun) == (f"compile.{key}", rule, fix)
 
 
 @pytest.mark.parametrize(

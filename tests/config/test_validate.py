@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalm.config import fields
+from megalm.config import fields, kernel_rules
 from megalm.config.load import examine, load
 from megalm.config.run import ParityRun, RunConfig
 from megalm.config.validate import RULES, check, expand_layouts, split_shares, validate
@@ -74,6 +74,7 @@ BREAKS: dict[str, dict[str, Any]] = {
     "node_size_divides": {"parallel.zero_node_size": 3, "parallel.zero": 3, "cluster.num_processes": 4},
     "quantized_zero3": {"parallel.zero_quantized": True, "parallel.zero": 2},  # on a machine with GPUs
     "fuse_gathered": {"kernels.fuse_projections": True, "parallel.zero": 3},
+    **{f"{name}_device": {f"kernels.{name}": "triton"} for name in kernel_rules.NAMES},
     "quantized_gpu": {"parallel.zero_quantized": True, "parallel.zero": 3},
     "fp16_zero_device": {"train.precision": "fp16", "parallel.zero": 1},
     "loss_scale_used": {"train.loss_scale": 8.0},

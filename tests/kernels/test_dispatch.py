@@ -1,33 +1,124 @@
 """The choice of a kernel: made once, with a reason, and never silently another than asked for."""
 
-import pytest
+import subprocess
+import sys
 
+import pytest
+import torch
+
+import megalm_kernels
+from megalm.config.kernels import KernelsConfig
+from megalm.errors import ConfigError
+from megalm.train.kernels import choose_kernels, describe
 from megalm_kernels import dispatch
 
 
 @pytest.fixture
 def registry(monkeypatch):
+    """Two operations: `op` with three implementations, of which Triton's needs a GPU; `plain` with torch's alone."""
     monkeypatch.setattr(dispatch, "_registry", {})
     monkeypatch.setattr(dispatch, "_chosen", {})
     dispatch.register("op", "torch", lambda: "torch")
-    dispatch.register("op", "triton", lambda: "triton", lambda device: "" if device == "cuda" else "needs a GPU")
+    dispatch.register("op", "triton", lambda: "triton", lambda device: "" if device == "cuda" else "no GPU")
+    dispatch.register("op", "apex", lambda: "apex", lambda device: "absent" if device == "cpu" else "")
+    dispatch.register("plain", "torch", lambda: "torch")
+
+
+def chosen(choices: list[dispatch.Choice]) -> dict[str, tuple[str, str]]:
+    return {choice.operation: (choice.backend, choice.reason) for choice in choices}
 
 
 def test_auto_takes_the_first_usable_and_says_why(registry):
-    (choice,) = dispatch.choose("auto", "cpu")
-    assert (choice.backend, dispatch.implementation("op")()) == ("torch", "torch")
-    assert "triton: needs a GPU" in choice.reason
-    (choice,) = dispatch.choose("auto", "cuda")
-    assert (choice.backend, dispatch.implementation("op")()) == ("triton", "triton")
+    assert chosen(dispatch.choose("auto", "cpu"))["op"] == ("torch", "triton: no GPU")
+    assert dispatch.implementation("op")() == "torch"
+    assert chosen(dispatch.choose("auto", "cuda")) == {
+        "op": ("triton", "the fastest here"),
+        "plain": ("torch", "triton: has none"),
+    }
+    assert dispatch.implementation("op")() == "triton"
+
+
+def test_apex_is_used_only_when_asked_for(registry):
+    assert chosen(dispatch.choose("apex", "cuda")) == {
+        "op": ("apex", "asked for"),
+        "plain": ("torch", "apex: has none; triton: has none"),
+    }
+    assert chosen(dispatch.choose("torch", "cuda", {"op": "apex"}))["op"] == ("apex", "asked for")
 
 
 def test_what_is_asked_for_and_cannot_run_is_an_error(registry):
-    with pytest.raises(ValueError, match="needs a GPU"):
-        dispatch.choose("triton", "cpu")
-    with pytest.raises(ValueError, match="not written"):
-        dispatch.choose("apex", "cpu")
+    before = chosen(dispatch.choose("auto", "cpu"))
+    for backend, operations, reason in [("triton", {}, "no GPU"), ("auto", {"op": "apex"}, "absent"), ("auto", {"plain": "triton"}, "none")]:
+        with pytest.raises(megalm_kernels.Unavailable, match=reason):
+            dispatch.choose(backend, "cpu", operations)
+    with pytest.raises(ValueError, match="no operation is called opp; there are op, plain"):
+        dispatch.choose("auto", "cpu", {"opp": "torch"})
+    assert chosen(dispatch.explain()) == before, "a refused choice leaves the last one"
 
 
-def test_every_public_operation_is_registered():
-    names = {choice.operation for choice in dispatch.choose("auto", "cpu")}
-    assert names == {"cross_entropy", "flash_attention", "fused_adam", "layer_norm", "rms_norm", "rotary", "swiglu"}
+def test_a_context_changes_the_choice_and_gives_it_back(registry):
+    dispatch.choose("auto", "cuda")
+    with dispatch.use("auto", "cuda", op="torch") as choices:
+        assert chosen(choices)["op"] == ("torch", "asked for")
+        assert dispatch.implementation("op")() == "torch"
+    assert dispatch.implementation("op")() == "triton"
+    with pytest.raises(RuntimeError), dispatch.use("torch", "cuda"):
+        raise RuntimeError
+    assert dispatch.implementation("op")() == "triton"
+
+
+def test_the_first_use_chooses_for_this_machine(registry):
+    here = "triton" if torch.cuda.is_available() else "torch"
+    assert dispatch.implementation("op")() == here
+
+
+def test_a_run_that_asks_for_the_impossible_gets_the_key_and_a_fix(registry):
+    config = KernelsConfig(backend="triton")
+    config.operations = dict  # the operations of this registry
+    with pytest.raises(ConfigError) as caught:
+        choose_kernels(config, "cpu")
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value, problem.fix) == ("kernels.backend", "triton", "kernels.backend=auto")
+    config = KernelsConfig()
+    config.operations = lambda: {"op": "apex"}
+    with pytest.raises(ConfigError, match=r"kernels\.op = apex") as caught:
+        choose_kernels(config, "cpu")
+    assert "absent" in str(caught.value)
+    assert describe(dispatch.choose("auto", "cuda")) == "torch for plain (triton: has none); triton for op (the fastest here)"
+    assert describe(dispatch.choose("torch", "cpu")) == "torch (asked for)"
+
+
+def test_the_configuration_knows_every_operation_and_its_implementations():
+    assert set(KernelsConfig().operations()) == set(dispatch._registry)
+    for name, implementations in dispatch._registry.items():
+        allowed = KernelsConfig.__dataclass_fields__[name].metadata["allowed"]
+        assert set(allowed) == {"auto", *implementations}, name
+
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+    del sys.modules[name]
+import torch, megalm_kernels
+choices = megalm_kernels.choose()
+assert all(choice.backend == "torch" for choice in choices), choices
+assert any("triton is not installed" in choice.reason for choice in choices), choices
+x = torch.ones(2, 4)
+assert megalm_kernels.rms_norm(x, torch.ones(4), 0.0).equal(x)
+"""
+
+
+def test_the_package_works_with_no_triton_installed():
+    program = BLOCKED.replace("import torch, megalm", "import importlib.util\nfound = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else found(name, *rest)\nimport torch, megalm")
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_importing_the_package_imports_no_triton_kernel():
+    program = "import sys, megalm_kernels; assert not [m for m in sys.modules if m.startswith('megalm_kernels.device')]"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -52,21 +52,6 @@ def test_causal_attention_looks_back_only():
     assert not torch.allclose(before[:, 4:], after[:, 4:])
 
 
-def test_rotary_keeps_length_and_depends_on_distance_only():
-    angles = torch.arange(6)[:, None] * torch.tensor([1.0, 0.1])[None]
-    cos, sin = angles.cos(), angles.sin()
-    q, k = torch.randn(4).expand(1, 6, 1, 4), torch.randn(4).expand(1, 6, 1, 4)
-    turned_q, turned_k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
-    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1))
-    scores = turned_q[0, :, 0] @ turned_k[0, :, 0].T
-    torch.testing.assert_close(scores.diagonal(1), scores.diagonal(1)[:1].expand(5))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglu(dtype):
-    _compare(ops.swiglu, ops.swiglu_reference, [torch.randn(3, 17).to(dtype), torch.randn(3, 17).to(dtype)], dtype)
-
-
 def test_cross_entropy_counts_no_ignored_label():
     logits, labels = torch.randn(6, 11), torch.tensor([0, 10, -100, 3, -100, 7])
     _compare(
@@ -76,27 +61,3 @@ def test_cross_entropy_counts_no_ignored_label():
         torch.float32,
     )
     assert ops.cross_entropy(logits, labels)[[2, 4]].tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("size", [1, 17, 1000])
-def test_fused_adam(size):
-    torch.manual_seed(0)
-    states = [[torch.linspace(-1, 1, size), torch.zeros(size), torch.zeros(size)] for _ in range(2)]
-    settings = dict(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
-    for step in range(1, 6):
-        grad = torch.randn(size)
-        for (param, m, v), function in zip(states, (ops.fused_adam, ops.fused_adam_reference), strict=True):
-            function(param, grad.clone(), m, v, step=step, **settings)
-    for got, want in zip(*states, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-
-
-def test_fused_adam_is_torch_adamw():
-    param = torch.nn.Parameter(torch.linspace(-1, 1, 33))
-    mine, m, v = param.detach().clone(), torch.zeros(33), torch.zeros(33)
-    oracle = torch.optim.AdamW([param], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-    for step in range(1, 4):
-        param.grad = torch.randn(33)
-        ops.fused_adam(mine, param.grad, m, v, step=step, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
-        oracle.step()
-    torch.testing.assert_close(mine, param.detach())

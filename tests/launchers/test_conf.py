@@ -33,8 +33,9 @@ def test_roots_compose(verb: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_options_compose(file: Path) -> None:
+def test_options_compose(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ["model=llama_7b"] if file.parent.name == "parallel" else []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0" if file.parent.name == "kernels" else "")
     compose("pretrain", *model, f"{file.parent}={file.name}")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalm.models.layers import GeluMLP, LayerNorm, PositionEmbedding, RMSNorm, SwigluMLP
+from megalm.models.layers import GeluMLP, PositionEmbedding, SwigluMLP
+from megalm_kernels import LayerNorm, RMSNorm
 
 
 def test_rms_norm_uses_weight_and_eps() -> None:

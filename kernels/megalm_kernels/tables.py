@@ -1,0 +1,117 @@
+"""Block sizes and warps of every kernel, by GPU architecture and problem size. `megalm kernels compile` checks each row.
+
+No kernel is tuned while it trains: ranks would tune differently and compile at different times. A row's `limit` is the
+largest size (a width, unless the table says otherwise) that it serves; `settings` are the kernel's compile-time arguments,
+`num_warps` and `num_stages`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+ARCHS = (80, 90, 100)  # A100; H100, H200; B200. Others use the nearest below.
+
+
+@dataclass(frozen=True)
+class Row:
+    """Settings for sizes up to `limit`; 0: any size."""
+
+    limit: int
+    settings: dict[str, Any]
+
+
+TABLES: dict[str, dict[int, list[Row]]] = {}
+used: set[tuple[str, int, int]] = set()  # (table, arch, limit) of every row looked up: the gate must have used them all
+
+
+def _table(name: str, rows: list[Row], **by_arch: list[Row]) -> None:
+    """`rows` for every architecture; sm_80=[...] and the like where one differs."""
+    TABLES[name] = {arch: by_arch.get(f"sm_{arch}", rows) for arch in ARCHS}
+
+
+def lookup(name: str, arch: int, size: int = 0) -> dict[str, Any]:
+    """The settings of kernel table `name` on `arch` for `size`. Raises ValueError if no row is large enough."""
+    known, row = _find(name, arch, size)
+    used.add((name, known, row.limit))
+    return row.settings
+
+
+def nearest(arch: int) -> int:
+    """The architecture whose rows `arch` uses."""
+    return max((a for a in ARCHS if a <= arch), default=min(ARCHS))
+
+
+@cache
+def _find(name: str, arch: int, size: int) -> tuple[int, Row]:
+    known = nearest(arch)
+    for row in TABLES[name][known]:
+        if size <= row.limit or row.limit == 0:
+            return known, row
+    raise ValueError(f"{name}: size {size} is above the largest that sm_{known} has a row for, {TABLES[name][known][-1].limit}")
+
+
+# One block of lines per kernel file, in the order of the files.
+
+# norms: a row limit is the width; a BLOCK below the width means the kernels that go through a row in blocks. A forward thread
+# has 16 elements, a backward one too; PROGRAMS: per multiprocessor; STAGES: rows on their way in shared memory, plus one
+_table(
+    "norm_forward",
+    [
+        Row(64, dict(ROWS=32, BLOCK=64, num_warps=4)),
+        Row(128, dict(ROWS=16, BLOCK=128, num_warps=4)),
+        Row(256, dict(ROWS=8, BLOCK=256, num_warps=4)),
+        Row(512, dict(ROWS=4, BLOCK=512, num_warps=4)),
+        Row(1024, dict(ROWS=2, BLOCK=1024, num_warps=4)),
+        Row(2048, dict(ROWS=1, BLOCK=2048, num_warps=4)),
+        Row(4096, dict(ROWS=1, BLOCK=4096, num_warps=8)),
+        Row(8192, dict(ROWS=1, BLOCK=8192, num_warps=16)),
+        Row(16384, dict(ROWS=1, BLOCK=16384, num_warps=32)),
+        Row(0, dict(ROWS=1, BLOCK=8192, STAGES=2, num_warps=16)),
+    ],
+)
+for _bits, _stages in ((16, 3), (32, 2)):
+    _table(
+        f"norm_backward_{_bits}",
+        [
+            Row(64, dict(ROWS=64, BLOCK=64, STAGES=_stages, PROGRAMS=2, num_warps=8)),
+            Row(128, dict(ROWS=32, BLOCK=128, STAGES=_stages, PROGRAMS=2, num_warps=8)),
+            Row(256, dict(ROWS=16, BLOCK=256, STAGES=_stages, PROGRAMS=2, num_warps=8)),
+            Row(512, dict(ROWS=8, BLOCK=512, STAGES=_stages, PROGRAMS=2, num_warps=8)),
+            Row(1024, dict(ROWS=4, BLOCK=1024, STAGES=_stages, PROGRAMS=2, num_warps=8)),
+            Row(2048, dict(ROWS=2, BLOCK=2048, STAGES=_stages, PROGRAMS=2, num_warps=8)),
+            Row(4096, dict(ROWS=1, BLOCK=4096, STAGES=_stages, PROGRAMS=2, num_warps=8)),
+            Row(8192, dict(ROWS=1, BLOCK=8192, STAGES=_stages, PROGRAMS=1, num_warps=16)),
+            Row(0, dict(ROWS=1, BLOCK=4096, STAGES=_stages, PROGRAMS=2, num_warps=8)),
+        ],
+    )
+_table("norm_row_means", [Row(0, dict(ROWS=1, BLOCK=4096, STAGES=2, num_warps=8))])
+_table("norm_add_shares", [Row(0, dict(ROWS=64, BLOCK=32, num_warps=4))])
+
+# fused_adam, l2_norm
+_table("fused_adam", [Row(0, dict(BLOCK=1024, num_warps=4))])
+_table("l2_norm", [Row(0, dict(BLOCK=8192, num_warps=8))])  # also the number of partials that one program sums at a time
+
+# rotary: a row limit is the number of pairs, rounded up to a power of two; ROWS: tokens times heads
+_table(
+    "rotary",
+    [
+        Row(32, dict(ROWS=64, num_warps=4)),
+        Row(64, dict(ROWS=32, num_warps=4)),
+        Row(128, dict(ROWS=16, num_warps=4)),
+        Row(0, dict(ROWS=8, num_warps=4)),
+    ],
+)
+
+# activations: a row limit is the bytes of an element; each thread has 16 or 32 bytes of a row of each tensor
+_table("gated", [Row(2, dict(BLOCK=2048, num_warps=4)), Row(0, dict(BLOCK=1024, num_warps=4))])
+_table("gated_backward", [Row(0, dict(BLOCK=1024, num_warps=4))])
+_table("bias_gelu", [Row(2, dict(ROWS=4, BLOCK=1024, num_warps=4)), Row(0, dict(ROWS=4, BLOCK=512, num_warps=4))])
+_table("bias_gelu_backward", [Row(2, dict(ROWS=2, BLOCK=1024, num_warps=4)), Row(0, dict(ROWS=2, BLOCK=512, num_warps=4))])
+_table("column_sums", [Row(0, dict(ROWS=32, BLOCK=32, num_warps=4))])
+
+# cross_entropy: the size is the number of columns
+_BY_COLUMNS = [Row(1024, dict(BLOCK=1024, num_warps=4)), Row(0, dict(BLOCK=4096, num_warps=8))]
+_table("cross_entropy_statistics", _BY_COLUMNS)
+_table("cross_entropy_gradient", _BY_COLUMNS)

@@ -1,0 +1,51 @@
+"""Which implementation of each hot operation runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megalm.config.knobs import knob
+
+_PLAIN = ("auto", "torch")
+_TRITON = ("auto", "triton", "torch")
+_APEX = ("auto", "triton", "torch", "apex")
+
+
+def _operation(allowed: tuple[str, ...]) -> Any:
+    return knob("auto", "auto: as kernels.backend", allowed=allowed)
+
+
+@dataclass
+class KernelsConfig:
+    """Which implementation of each hot operation runs; `megalm kernels explain` shows what that means on a machine."""
+
+    backend: str = knob(
+        "auto", "of all operations; auto: triton on a GPU of sm_80 or newer, else torch; chosen once and reported", allowed=_APEX
+    )
+    rms_norm: str = _operation(_APEX)
+    layer_norm: str = _operation(_APEX)
+    fused_adam: str = _operation(_APEX)
+    l2_norm: str = _operation(_TRITON)
+    rotary: str = _operation(_TRITON)
+    swiglu: str = _operation(_TRITON)
+    geglu: str = _operation(_TRITON)
+    bias_gelu: str = _operation(_TRITON)
+    cross_entropy: str = _operation(_TRITON)
+    linear_cross_entropy: str = _operation(_TRITON)
+    flash_attention: str = _operation(_PLAIN)
+    fuse_projections: bool = knob(False, "q, k and v in one matrix product, and gate and up; the parameters stay apart")
+
+    def operations(self) -> dict[str, str]:
+        """{operation: what is asked for}, without `backend`."""
+        others = ("backend", "fuse_projections")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
+
+    def asks_for(self, name: str) -> list[str]:
+        """The keys that ask for implementation `name`."""
+        wishes = {"backend": self.backend, **self.operations()}
+        return [f"kernels.{key}" for key, wish in wishes.items() if wish == name]
+
+
+KERNELS = tuple(f.name for f in fields(KernelsConfig) if f.name != "backend" and "triton" in f.metadata["allowed"])
+"""The operations that have a Triton kernel."""

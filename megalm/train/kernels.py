@@ -1,0 +1,31 @@
+"""From the configuration to the implementations that run: chosen once, before the model is built, and said."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import megalm_kernels
+from megalm.config.kernels import KernelsConfig
+from megalm.errors import ConfigError, Problem
+from megalm_kernels import Choice
+
+
+def choose_kernels(config: KernelsConfig, device_type: str) -> list[Choice]:
+    """Choose for this process. Raises ConfigError, with a fix, if what is asked for cannot run on this kind of device."""
+    try:
+        return megalm_kernels.choose(config.backend, device_type, config.operations())
+    except megalm_kernels.Unavailable as error:
+        named = config.operations().get(error.operation, "auto") != "auto"
+        key = f"kernels.{error.operation}" if named else "kernels.backend"
+        problem = Problem(key, error.backend, f"{error.operation} cannot run so here: {error.reason}", "", f"{key}=auto")
+        raise ConfigError(problem) from error
+
+
+def describe(choices: list[Choice]) -> str:
+    """One line: each implementation, the reason, and the operations it runs where there are several."""
+    reasons = sorted((choice.backend, choice.reason, choice.operation) for choice in choices)
+    groups = [(key, [name for *_, name in group]) for key, group in groupby(reasons, key=lambda choice: choice[:2])]
+    if len(groups) == 1:
+        ((backend, reason), _) = groups[0]
+        return f"{backend} ({reason})"
+    return "; ".join(f"{backend} for {', '.join(names)} ({reason})" for (backend, reason), names in groups)
