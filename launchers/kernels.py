@@ -78,7 +78,8 @@ def compile_kernels(config: KernelsRun) -> None:
 def _run_gate(options: CompileConfig) -> Report:
     from tqdm import tqdm
 
-    from megalm_kernels.compile_gate import NoSpecimen, run_gate
+    from megalm_kernels.compile_gate import run_gate
+    from megalm_kernels.specimens import NoSpecimen
 
     with tqdm(unit="kernel", leave=False, disable=None) as bar:  # None: where stderr is no terminal
 
@@ -95,13 +96,10 @@ def _run_gate(options: CompileConfig) -> Report:
 def _summary(report: Report, options: CompileConfig, seconds: float) -> str:
     from triton import __version__, knobs
 
-    compiled = sum(row.compiled for row in report.rows)
+    count, compiled = len(report.rows), sum(row.compiled for row in report.rows)
     archs = ", ".join(f"sm_{arch}" for arch in options.arch)
-    found = len(report.rows) - compiled
-    lines = [
-        "",
-        f"triton {__version__}, {archs}: {len(report.rows)} kernels, {compiled} compiled and {found} already there, {seconds:.1f} s",
-    ]
+    done = f"{count} kernels, {compiled} compiled and {count - compiled} already there, {seconds:.1f} s"
+    lines = ["", f"triton {__version__}, {archs}: {done}"]
     if options.precompile:
         lines.append(f"a launch finds them in {knobs.cache.dir}, given the same versions of triton and megalm and this very path")
     lines += [f"FAILED  {failure}" for failure in report.failures] or ["passed: no spills, no stacks, no overruns"]

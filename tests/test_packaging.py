@@ -25,8 +25,12 @@ PROBED = {"apex"}
 
 def package_folder(package: str) -> Path:
     """Where a package's files lie, by the mapping in pyproject.toml."""
-    mapped = SETUPTOOLS["package-dir"].get(package)
-    return ROOT / (mapped or package.replace(".", "/"))
+    mapped = SETUPTOOLS["package-dir"]
+    above, tail = package, ""
+    while above and above not in mapped:
+        above, _, last = above.rpartition(".")
+        tail = f"{last}/{tail}"
+    return ROOT / mapped.get(above, "") / tail
 
 
 def packages_on_disk() -> set[str]:

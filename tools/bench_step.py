@@ -1,4 +1,4 @@
-"""A training step of a llama of 1B on one GPU, with our kernels and with torch's: `python tools/bench_step.py [--json FILE] [key=value ...]`.
+"""A training step of a llama of 1B on one GPU, with our kernels and with torch's: `python tools/bench_step.py [key=value ...]`.
 
 Each backend runs in a process of its own, so that neither sees the other's memory. key=value: as for `megalm pretrain`.
 Reported: tokens/s, MFU (megalm/models/count.py says of what) against the data sheet and against a matrix product measured in

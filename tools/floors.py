@@ -38,7 +38,7 @@ DATA_ONLY = "megalm.conf"  # yaml: Hydra reads it by name, nobody imports it
 BANS = {"megalm.models": ["megalm.parallel"], "megalm.config": ["megalm_kernels"]}
 OWNERS = {"deepspeed": ["megalm.parallel.zero"]}  # modules whose name starts so may import it
 STANDS_ON = {  # the closest room counts; apex is a peer, used where it happens to be installed
-    "megalm_kernels": {"torch", "triton", "apex"},
+    "megalm_kernels": {"torch", "triton", "apex", "amp_C"},  # amp_C is apex's
     "megalm_kernels.benchmarks": {"megalm_kernels", "torch", "matplotlib"},  # other peers by name, where they are installed
 }
 HEAVY = {"torch", "triton", "deepspeed"}

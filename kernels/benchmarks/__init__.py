@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from megalm_kernels.benchmarks import report
-from megalm_kernels.benchmarks.harness import Case, Stopwatch, measure, measure_ceilings
+from megalm_kernels.benchmarks.harness import EXACT, OURS, Case, Stopwatch, measure, measure_ceilings
 
 FILES = {
     "rms_norm": "norms",
@@ -47,7 +47,7 @@ def run(
     results: Path = Path("runs/kernels"),
     peers: Sequence[str] = (),
 ) -> int:
-    """Measure, print a table, write the JSON file and the pictures. 0: all was measured; 1: something failed.
+    """Measure, print a table, write the JSON file and the pictures. 1: ours failed, or anything on a CPU; 0: else.
 
     device: auto, cuda or cpu (tiny sizes and no GPU kernels: shows that the benchmark works, says nothing about speed).
     peers: names of providers beside ours, empty: all that are installed. Raises ValueError for an unknown operation.
@@ -71,4 +71,5 @@ def run(
     pictures = report.draw(found, results)
     print("\n".join(report.summary(found)))
     print(f"{path}, and {len(pictures)} pictures" if pictures else f"{path}; no pictures: matplotlib is not installed")
-    return 1 if any(row.status == "failed" for row in rows) else 0
+    failed = {row.provider for row in rows if row.status == "failed"}
+    return 1 if failed & {OURS, EXACT} or (failed and not on_gpu) else 0  # a peer's failure is a result, and in the table

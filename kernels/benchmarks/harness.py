@@ -25,7 +25,9 @@ from megalm_kernels import dispatch
 from megalm_kernels.benchmarks.report import Ceilings, Row
 
 OURS = "triton"
+EXACT = "fp64"  # stands for a provider where what all are compared with failed
 ON_CPU = ("torch", "reference")  # what a CPU runs: everything else is about GPUs
+_APEX = ("rms_norm", "layer_norm", "fused_adam")  # what there is of it
 _WARMUP, _FEWEST, _MOST = 3, 10, 200  # repetitions
 _FLUSH_BYTES = 2**30  # 0.25 ms at 4 TB/s: longer than a host needs to launch a forward or a backward
 _HOST_CALLS = 20
@@ -96,7 +98,8 @@ class Case:
 
 def standard(operation: str, public: Function, reference: Function, *peers: Provider) -> list[Provider]:
     """Ours, torch's operators, torch.compile of the reference, apex where we have it, and peers."""
-    chosen = [Provider(backend, lambda: public, {operation: backend}) for backend in (OURS, "torch", "apex")]
+    backends = (OURS, "torch", "apex") if operation in _APEX else (OURS, "torch")
+    chosen = [Provider(backend, lambda: public, {operation: backend}) for backend in backends]
     return [*chosen, compiled(reference), Provider("reference", lambda: reference), *peers]
 
 
@@ -222,14 +225,14 @@ def measure(case: Case, stopwatch: Stopwatch, peers: Sequence[str] = ()) -> Iter
         exact = _Exact(case, stopwatch.device)
     except torch.OutOfMemoryError as error:  # times without errors are better than nothing, if said
         work = case.forward
-        row = Row(case.operation, case.shape, _name(case.dtype), "fp64", "forward", case.bound, work.bytes, work.flops)
+        row = Row(case.operation, case.shape, _name(case.dtype), EXACT, "forward", case.bound, work.bytes, work.flops)
         yield replace(row, status="failed", reason=str(error))
     for provider in case.providers:
         wanted = provider.name != "reference" if on_gpu else provider.name in ON_CPU
         if wanted and (not peers or provider.name in (OURS, *peers)):
             yield from _measure_provider(case, provider, stopwatch, exact)
-            gc.collect()
             if on_gpu:
+                gc.collect()  # a graph may hold its tensors in a cycle
                 torch.cuda.empty_cache()
 
 
@@ -281,6 +284,16 @@ def _timed(row: Row, case: Case, function: Function, stopwatch: Stopwatch) -> Ro
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def run_ours(case: Case, device: torch.device) -> None:
+    """Forward and backward once, with our kernels."""
+    ours = next(provider for provider in case.providers if provider.name == OURS)
+    with dispatch.use("auto", device.type, **ours.choice):
+        inputs = case.inputs(device)
+        outputs = _outputs(ours.load()(*inputs))
+        if case.gradients:
+            torch.autograd.grad(outputs, [inputs[i] for i in case.gradients], _output_gradients(outputs))
 
 
 def _outputs(result: Any) -> list[Tensor]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megalm_kernels.benchmarks.harness import Case, Function, Provider, Work, find, standard
+from megalm_kernels.benchmarks.harness import OURS, Case, Function, Provider, Work, compiled, find
 from megalm_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 _SHAPES = {  # tokens, width, vocabulary
@@ -48,6 +49,18 @@ def _case(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> Case:
 
     return Case(
         "linear_cross_entropy", f"{tokens} x {width} x {vocabulary}", dtype, make, reference,
-        standard("linear_cross_entropy", public, reference, Provider("liger", liger)),
+        [
+            Provider(OURS, lambda: public, {"cross_entropy": OURS}),  # it goes by the choice for cross_entropy
+            Provider("torch", lambda: _whole),
+            Provider("torch chunked", lambda: public, {"cross_entropy": "torch"}),
+            compiled(reference),
+            Provider("reference", lambda: reference),
+            Provider("liger", liger),
+        ],
         Work(moved, product), Work(2 * moved, 2 * product), bound="flops", gradients=(0, 1),
     )  # fmt: skip
+
+
+def _whole(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """All logits at once."""
+    return F.cross_entropy(F.linear(x, weight).float(), labels, reduction="sum")

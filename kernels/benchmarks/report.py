@@ -244,4 +244,4 @@ def _draw(operation: str, rows: Sequence[Row], found: dict[str, Any], path: Path
         panel.set_title(f"{operation}, {direction}", fontsize=10)
     panels[0].legend(fontsize=8, ncols=len(providers) + 1)
     figure.suptitle(" - ".join(part for part in (found["machine"].get("gpu", "CPU"), found["label"]) if part), fontsize=11)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)

@@ -2,11 +2,12 @@
 
 from megalm_kernels.activations import bias_gelu, bias_gelu_reference, geglu, geglu_reference, swiglu, swiglu_reference
 from megalm_kernels.apex import Apex, find_apex
-from megalm_kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from megalm_kernels.cross_entropy import cross_entropy, cross_entropy_gradient, cross_entropy_reference, cross_entropy_statistics
 from megalm_kernels.dispatch import Choice, Unavailable, choose, explain, use
 from megalm_kernels.flash_attention import flash_attention, flash_attention_reference
 from megalm_kernels.fused_adam import fused_adam, fused_adam_reference
 from megalm_kernels.l2_norm import l2_norm, l2_norm_reference
+from megalm_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from megalm_kernels.norms import LayerNorm, RMSNorm, layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
 from megalm_kernels.optimizer import FusedAdamW
 from megalm_kernels.rotary import rotary, rotary_reference
@@ -21,7 +22,9 @@ __all__ = [
     "bias_gelu",
     "bias_gelu_reference",
     "cross_entropy",
+    "cross_entropy_gradient",
     "cross_entropy_reference",
+    "cross_entropy_statistics",
     "explain",
     "flash_attention",
     "flash_attention_reference",
@@ -31,6 +34,8 @@ __all__ = [
     "geglu_reference",
     "l2_norm",
     "l2_norm_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
     "FusedAdamW",
     "LayerNorm",
     "RMSNorm",

@@ -23,8 +23,7 @@ from megalm_kernels.arguments import refuse
 from megalm_kernels.dispatch import register
 
 BUILD = (
-    "git clone https://github.com/NVIDIA/apex && cd apex && "
-    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
+    "git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
 )
 _FILES = ("normalization/fused_layer_norm.py", "optimizers/fused_adam.py")
 _COMPILED = ("amp_C", "fused_layer_norm_cuda")
@@ -116,8 +115,8 @@ def _fused_adam_apex(
 
 
 def _norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, zero_centred: bool,
-    dropout: float, seed: int, rows: Tensor | None, layer: bool,
+    layer: bool, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, zero_centred: bool,
+    dropout: float, seed: int, rows: Tensor | None,
 ) -> Any:  # fmt: skip
     """Dropout and the residual in torch, then apex's norm on operands of one dtype: it has no bf16 with an fp32 weight."""
     from apex.normalization import fused_layer_norm as norms
@@ -135,11 +134,11 @@ def _norm(
 
 
 def _rms_norm_apex(x: Tensor, weight: Tensor, *rest: Any) -> Any:
-    return _norm(x, weight, None, *rest, layer=False)
+    return _norm(False, x, weight, None, *rest)
 
 
 def _layer_norm_apex(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    return _norm(x, weight, bias, *rest, layer=True)
+    return _norm(True, x, weight, bias, *rest)
 
 
 register("fused_adam", "apex", _fused_adam_apex, apex_obstacle)

@@ -1,45 +1,38 @@
 """The compile gate: every configuration of every kernel, compiled for every architecture on a machine with no GPU.
 
-Each file in device/ has `specimens()`: pairs (label, call), the label's first word an operation. The gate makes the calls
-with tensors on the meta device, catches what they would have launched (`launch.capture`), and has Triton compile that, by the
-same path as a launch would (`JITFunction.warmup`), for a GPU that only the driver pretends to have. So what is compiled is
-what training launches, down to which integers are divisible by 16.
+What the specimens would launch (`specimens.py`) is compiled by the same path as a launch takes (`JITFunction.warmup`), for a
+GPU that only the driver pretends to have. So what is looked at is what training launches, down to which integers are
+divisible by 16. A kernel fails if it does not compile, spills, has a stack, wants more shared memory than the architecture
+has, or lacks an instruction that its specimen claims. What the specimens leave out fails too.
 
-A kernel fails if it spills, has a stack, wants more shared memory than the architecture has, or lacks an instruction that the
-specimen claims: a third element, such as {"LDG.128", "HGMMA"} (`cubin.FEATURES`), holds for all that the specimen launches.
-A row of `tables.TABLES` that no specimen looks up fails too, and so does a kernel that none launches.
-
-Compiled kernels are kept in Triton's cache: in a folder of the gate's own, or, with `precompile`, where a launch will look.
-A launch finds them there if it has the same Triton, kernel sources, architecture and cache folder (its absolute path counts).
+Kernels are kept in Triton's cache: in a folder of the gate's own, or, with `precompile`, where a launch looks. A launch finds
+them there if it has the same Triton, kernel sources, architecture, and cache folder (by its absolute path).
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
+from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-from megalm_kernels import compat, device, tables
-from megalm_kernels.cubin import FEATURES, SHARED_LIMITS, Cubin, read_cubin
-from megalm_kernels.launch import Launch, capture
+from megalm_kernels import compat, tables
+from megalm_kernels.cubin import FEATURES, SHARED_LIMITS, Cubin, read_cubins
+from megalm_kernels.specimens import Pointer, Specimen, collect
 
-_SHARED = {"linear_cross_entropy": "cross_entropy"}  # operations without kernels of their own: whose they use
-_INSPECTED = "gate-1.json"  # beside a cubin in the cache: what read_cubin said; a new name when that changes
+_INSPECTED = "gate-2.json"  # beside a cubin in the cache: what read_cubins said; a new name when that changes
+_AT_ONCE = 64  # kernels that are disassembled together
 
 
 @dataclass(frozen=True)
@@ -60,30 +53,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, and what the specimens have left out."""
+    """All rows, and what the specimens leave out."""
 
     rows: list[Row]
-    forgotten: list[str]
+    left_out: list[str]
 
     @property
     def failures(self) -> list[str]:
         """A line for everything that is wrong; empty if the gate is passed."""
-        return [
-            f"sm_{row.arch} {row.label}: {row.kernel} ({row.settings}): {failure}" for row in self.rows for failure in row.failures
-        ] + self.forgotten
+        each = ((row, failure) for row in self.rows for failure in row.failures)
+        return [f"sm_{row.arch} {row.label}: {row.kernel} ({row.settings}): {failure}" for row, failure in each] + self.left_out
 
 
-class NoSpecimen(ValueError):
-    """An operation that no file in device/ has a specimen of."""
+@dataclass(frozen=True)
+class _Compiled:
+    """What Triton gave for a specimen: a kernel, or what it said."""
 
-
-@dataclass
-class _Job:
-    file: str
-    label: str
-    arch: int
-    launch: Launch
-    claims: set[str] = field(default_factory=set)
+    kernel: Any
+    error: str
+    seconds: float
+    fresh: bool
 
 
 def run_gate(
@@ -101,109 +90,22 @@ def run_gate(
     unknown = sorted(set(archs) - SHARED_LIMITS.keys())
     if unknown:
         raise ValueError(f"sm_{unknown[0]} is not known to the compile gate, which knows {', '.join(map(str, SHARED_LIMITS))}")
-    jobs, forgotten = _collect(archs, operations)
+    specimens, left_out = collect(archs, operations)
     folder = Path(knobs.cache.dir) if precompile else Path(knobs.cache.dir) / "gate"
     pool = ThreadPoolExecutor(workers)
     with _pretended_gpu(folder) as gpu:
         try:
-            futures = [pool.submit(_compile, job, gpu) for job in jobs]
+            futures = [pool.submit(_compile, specimen, gpu) for specimen in specimens]
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
                 progress(done, len(futures))
+            compiled = [future.result() for future in futures]
+            cubins = _inspect(compiled, pool)
         finally:
             pool.shutdown(cancel_futures=True)
-            for job in jobs:  # what is in memory was made for a GPU that is not there
-                job.launch.kernel.device_caches.pop(_device_of(job.arch), None)
-    return Report([future.result() for future in futures], forgotten)
-
-
-# Collecting
-
-
-def _collect(archs: Sequence[int], operations: Sequence[str]) -> tuple[list[_Job], list[str]]:
-    """Every distinct launch, and what was left out (of all operations)."""
-    names = sorted(module.name for module in pkgutil.iter_modules(device.__path__))
-    modules = {name: importlib.import_module(f"{device.__name__}.{name}") for name in names}
-    jobs: dict[tuple, _Job] = {}
-    wanted = {_SHARED.get(name, name) for name in operations}
-    missing = set(wanted)
-    before = set(tables.used)
-    tables.used.clear()
-    for arch in archs:
-        for file, module in modules.items():
-            for label, call, *rest in getattr(module, "specimens", list)():
-                operation = label.split()[0]
-                missing.discard(operation)
-                if not wanted or operation in wanted:
-                    _add(jobs, file, label, arch, call, rest[0] if rest else ())
-    looked_up = set(tables.used)
-    tables.used.update(before)
-    if missing:
-        raise NoSpecimen(f"no specimen is of {', '.join(sorted(missing))}; see specimens() in {', '.join(names)}")
-    if operations:
-        return list(jobs.values()), []
-    none = [f"device/{file}.py has no specimens()" for file, module in modules.items() if not hasattr(module, "specimens")]
-    return list(jobs.values()), [*none, *_rows_left_out(archs, looked_up), *_kernels_left_out(modules, jobs.values())]
-
-
-def _add(jobs: dict[tuple, _Job], file: str, label: str, arch: int, call: Callable[[], object], claims: Any) -> None:
-    unknown = sorted(set(claims) - FEATURES.keys())
-    if unknown:
-        raise ValueError(f"specimen {label} claims {unknown[0]}; known are {', '.join(FEATURES)}")
-    with capture(arch) as launches:
-        call()
-    for launch in launches:
-        args = [_kind(arg, i in launch.kernel.constexprs) for i, arg in enumerate(launch.args)]
-        key = (arch, launch.kernel, *args, *sorted((name, str(value)) for name, value in launch.meta.items()))
-        jobs.setdefault(key, _Job(file, label, arch, launch)).claims.update(claims)
-
-
-def _kind(arg: Any, constexpr: bool) -> object:
-    """What the JIT tells two arguments apart by."""
-    if constexpr or not isinstance(arg, int | float | Tensor):
-        return repr(arg)
-    if isinstance(arg, Tensor):
-        return arg.dtype, _Pointer(arg).data_ptr() % 16 == 0
-    if isinstance(arg, bool | float):
-        return type(arg)
-    return arg == 1, arg % 16 == 0, arg.bit_length() < 32
-
-
-def _rows_left_out(archs: Sequence[int], looked_up: set[tuple[str, int, int]]) -> list[str]:
-    known = sorted({tables.nearest(arch) for arch in archs})
-    return [
-        f"table {name}, sm_{arch}, limit {row.limit}: no specimen looks this row up"
-        for name, by_arch in tables.TABLES.items()
-        for arch in known
-        for row in by_arch[arch]
-        if (name, arch, row.limit) not in looked_up
-    ]
-
-
-def _kernels_left_out(modules: dict[str, Any], jobs: Any) -> list[str]:
-    launched = {job.launch.kernel for job in jobs}
-    inner = " ".join(value.src for module in modules.values() for value in vars(module).values() if isinstance(value, JITFunction))
-    return [
-        f"kernel {name} in {file}: no specimen launches it"
-        for file, module in modules.items()
-        for name, value in vars(module).items()
-        if isinstance(value, JITFunction) and value.__module__ == module.__name__ and value not in launched
-        if len(re.findall(rf"\b{name}\(", inner)) == 1  # its own definition; else another kernel calls it
-    ]
-
-
-# Compiling
-
-
-class _Pointer:
-    """A tensor as the JIT sees it: a dtype and how its address is aligned. What allocators give is aligned."""
-
-    def __init__(self, x: Tensor):
-        self.dtype = x.dtype
-        self.offset = int(x.storage_offset()) * x.element_size()
-
-    def data_ptr(self) -> int:
-        return self.offset
+            for specimen in specimens:  # what is in memory was made for a GPU that is not there
+                specimen.launch.kernel.device_caches.pop(_device_of(specimen.arch), None)
+    return Report([_row(*each, cubins) for each in zip(specimens, compiled, strict=True)], left_out)
 
 
 class _PretendedGPU:
@@ -235,7 +137,7 @@ def _pretended_gpu(folder: Path) -> Iterator[_PretendedGPU]:
     gpu, before = _PretendedGPU(), driver._active  # `driver.active` would look for a GPU
 
     def note(*, cache_hit: bool, **rest: Any) -> None:
-        gpu.thread.compiled = not cache_hit
+        gpu.thread.fresh = not cache_hit
 
     with knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = str(folder)
@@ -247,61 +149,74 @@ def _pretended_gpu(folder: Path) -> Iterator[_PretendedGPU]:
             driver.set_active(before)
 
 
-def _compile(job: _Job, gpu: _PretendedGPU) -> Row:
-    launch = job.launch
-    gpu.thread.arch, gpu.thread.compiled = job.arch, False
-    settings = " ".join(f"{name}={value}" for name, value in launch.meta.items())
-    said = {"file": job.file, "label": job.label, "kernel": launch.kernel.__name__, "settings": settings, "arch": job.arch}
-    args = [_Pointer(arg) if isinstance(arg, Tensor) else arg for arg in launch.args]
+def _compile(specimen: Specimen, gpu: _PretendedGPU) -> _Compiled:
+    launch = specimen.launch
+    gpu.thread.arch, gpu.thread.fresh = specimen.arch, False
+    args = [Pointer(arg) if isinstance(arg, Tensor) else arg for arg in launch.args]
+    kernel, said = None, ""
     begin = time.perf_counter()
     try:
         kernel = launch.kernel.warmup(*args, grid=launch.grid, **launch.meta)
     except Exception as error:  # the front end, the passes and ptxas each have kinds of their own
-        words = " ".join(str(error).split())[-300:]
-        return Row(**said, compiled=True, failures=(f"does not compile: {type(error).__name__}: {words}",))
-    seconds = time.perf_counter() - begin
-    cubin, shared = _inspect(kernel), kernel.metadata.shared
-    failures = tuple(_faults(cubin, shared, job))
-    return Row(**said, shared=shared, seconds=seconds, compiled=gpu.thread.compiled, cubin=cubin, failures=failures)
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+    return _Compiled(kernel, said, time.perf_counter() - begin, gpu.thread.fresh or kernel is None)
 
 
-def _inspect(kernel: Any) -> Cubin:
-    """Once per cubin; kept beside it."""
-    cache = get_cache_manager(kernel.hash)
-    known = cache.get_file(_INSPECTED)
-    if known:
-        return Cubin(**json.loads(Path(known).read_text()))
-    cubin = read_cubin(kernel.asm["cubin"])
-    cache.put(json.dumps(asdict(cubin)), _INSPECTED, binary=False)
-    return cubin
+def _inspect(compiled: Sequence[_Compiled], pool: ThreadPoolExecutor) -> dict[str, Cubin]:
+    """{hash of a kernel: what is in it}; once per cubin, and kept beside it."""
+    kernels = {each.kernel.hash: each.kernel for each in compiled if each.kernel is not None}
+    caches = {key: get_cache_manager(key) for key in kernels}
+    paths = {key: cache.get_file(_INSPECTED) for key, cache in caches.items()}
+    known = {key: Cubin(**json.loads(Path(path).read_text())) for key, path in paths.items() if path}
+    new = [kernel for key, kernel in kernels.items() if key not in known]
+    by_arch = [[kernel for kernel in new if kernel.metadata.target.arch == arch] for arch in SHARED_LIMITS]
+    parts = [some[i : i + _AT_ONCE] for some in by_arch for i in range(0, len(some), _AT_ONCE)]
+
+    def read(part: list[Any]) -> list[Cubin]:
+        return read_cubins([kernel.asm["cubin"] for kernel in part], part[0].metadata.target.arch)
+
+    for part, cubins in zip(parts, pool.map(read, parts), strict=True):
+        for kernel, cubin in zip(part, cubins, strict=True):
+            caches[kernel.hash].put(json.dumps(asdict(cubin)), _INSPECTED, binary=False)
+            known[kernel.hash] = cubin
+    return known
 
 
-def _faults(cubin: Cubin, shared: int, job: _Job) -> Iterator[str]:
+def _row(specimen: Specimen, compiled: _Compiled, cubins: dict[str, Cubin]) -> Row:
+    launch, kernel = specimen.launch, compiled.kernel
+    settings = " ".join(f"{name}={value}" for name, value in launch.meta.items())
+    row = Row(specimen.file, specimen.label, launch.kernel.__name__, settings, specimen.arch)
+    said = asdict(row) | {"seconds": compiled.seconds, "compiled": compiled.fresh}
+    if kernel is None:
+        return Row(**said | {"failures": (f"does not compile: {compiled.error}",)})
+    cubin, shared = cubins[kernel.hash], kernel.metadata.shared
+    return Row(**said | {"shared": shared, "cubin": cubin, "failures": tuple(_faults(cubin, shared, specimen))})
+
+
+def _faults(cubin: Cubin, shared: int, specimen: Specimen) -> Iterator[str]:
+    arch = specimen.arch
     if cubin.spill_loads or cubin.spill_stores:
         yield f"spills registers: {cubin.spill_loads} loads and {cubin.spill_stores} stores (LDL, STL)"
     if cubin.stack:
         yield f"has a stack of {cubin.stack} bytes per thread"
-    if shared > SHARED_LIMITS[job.arch]:
-        yield f"needs {shared} bytes of shared memory, and sm_{job.arch} has {SHARED_LIMITS[job.arch]}"
-    for claim in sorted(job.claims):
-        if job.arch in FEATURES[claim].archs and not cubin.features[claim]:
+    if shared > SHARED_LIMITS[arch]:
+        yield f"needs {shared} bytes of shared memory, and sm_{arch} has {SHARED_LIMITS[arch]}"
+    for claim in sorted(specimen.claims):
+        if arch in FEATURES[claim].archs and not cubin.features[claim]:
             yield f"has no {claim}, which its specimen claims ({FEATURES[claim].meaning})"
 
 
-# Printing
-
-
 def table(rows: Sequence[Row]) -> str:
-    """One line per kernel. spills: loads and stores; 128: loads of 16 bytes or more."""
-    numbers = f"{'arch':>4}{'regs':>6}{'stack':>7}{'spills':>8}{'shared':>8}{'128':>5}{'s':>7}"
+    """One line per kernel. spills: loads and stores; 128: loads of 16 bytes or more; s: seconds to compile."""
     width = max((len(row.label) for row in rows), default=0)
-    lines = [f"{'specimen':{width}}{numbers}  kernel and settings"]
+    head = f"{'arch':>4}{'regs':>6}{'stack':>7}{'spills':>12}{'shared':>8}{'128':>5}{'s':>7}"
+    lines = [f"{'specimen':{width}} {head}  kernel and settings"]
     for row in rows:
-        cells = f"{row.arch:4}"
+        cells = " " * 38
         if row.cubin is not None:
             spills = f"{row.cubin.spill_loads}+{row.cubin.spill_stores}"
-            cells += f"{row.cubin.registers:6}{row.cubin.stack:7}{spills:>8}{row.shared:8}{row.cubin.features['LDG.128']:5}"
-        cells += f"{f'{row.seconds:.1f}' if row.compiled else 'cached':>7}"
+            cells = f"{row.cubin.registers:6}{row.cubin.stack:7}{spills:>12}{row.shared:8}{row.cubin.features['LDG.128']:5}"
+        seconds = f"{row.seconds:.1f}" if row.compiled else "cached"
         mark = "  <-- FAILS" if row.failures else ""
-        lines.append(f"{row.label:{width}}{cells:45}  {row.kernel} {row.settings}{mark}")
+        lines.append(f"{row.label:{width}} {row.arch:4}{cells}{seconds:>7}  {row.kernel} {row.settings}{mark}")
     return "\n".join(lines)

@@ -29,7 +29,7 @@ from megalm_kernels.rounding import join_fp32, split_fp32, stochastic_round
 
 _NAME = "fused_adam"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_BF16, _FP32 = (torch.bfloat16,), (torch.float32,)
+_BF16, _FP32, _INT16 = (torch.bfloat16,), (torch.float32,), (torch.int16,)
 
 
 def fused_adam(
@@ -75,9 +75,8 @@ def _check(
         check_dtype(_NAME, f"param (with {given[0]})", param, _BF16)
     if master is not None:
         check_dtype(_NAME, "param (with master)", param, (torch.bfloat16, torch.float16))
-    wanted = {"param": _FLOATS, "grad": _FLOATS, "exp_avg": _FP32, "exp_avg_sq": _FP32, "master": _FP32, "remainder": (torch.int16,)}
-    tensors = (param, grad, exp_avg, exp_avg_sq, master, remainder)
-    for (name, dtypes), x in zip(wanted.items(), tensors, strict=True):
+    tensors = {"param": (param, _FLOATS), "grad": (grad, _FLOATS), "exp_avg": (exp_avg, _FP32), "exp_avg_sq": (exp_avg_sq, _FP32)}
+    for name, (x, dtypes) in {**tensors, "master": (master, _FP32), "remainder": (remainder, _INT16)}.items():
         if x is not None:
             check_device(_NAME, name, x, param)
             check_dtype(_NAME, name, x, dtypes)
@@ -118,7 +117,8 @@ def _fp32_of(
     if master is not None:
         return master, lambda p: (master.copy_(p), param.copy_(p))
     if remainder is not None:
-        return join_fp32(param, remainder), lambda p: [x.copy_(half) for x, half in zip((param, remainder), split_fp32(p), strict=True)]
+        halves = (param, remainder)
+        return join_fp32(*halves), lambda p: [x.copy_(half) for x, half in zip(halves, split_fp32(p), strict=True)]
     if seed is not None:
         return param.float(), lambda p: param.copy_(stochastic_round(p, seed, step))
     return param.to(torch.float32, copy=True), param.copy_
@@ -130,7 +130,8 @@ def _fused_adam_torch(
     stochastic_seed: int | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
     """torch's own fused AdamW, on fp32; what is in 16 bits is widened before and rounded behind it."""
-    steps_done = step.detach().float().reshape(()) - 1.0 if isinstance(step, Tensor) else torch.full((), step - 1.0, device=param.device)
+    first = torch.full((), -1.0, device=param.device)  # torch counts it up itself
+    steps_done = first + (step.reshape(()) if isinstance(step, Tensor) else step)
     g = grad.float() if grad_scale is None else grad.float() * grad_scale
     p, store = (param, None) if param.dtype == torch.float32 else _fp32_of(param, master, remainder, stochastic_seed, step)
     skip = None if found_inf is None else (found_inf.reshape(()) != 0).float()  # torch compares with 1

@@ -187,7 +187,14 @@ def operands(h: Tensor, weight: Tensor, bias: Tensor | None, zero_centred: bool)
 
 
 def _rms_norm_torch(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, zero_centred: bool, dropout: float, seed: int, rows: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    zero_centred: bool,
+    dropout: float,
+    seed: int,
+    rows: Tensor | None,
 ) -> Result:
     h = before_norm(x, residual, dropout, seed, rows)
     operand, scale, _ = operands(h, weight, None, zero_centred)
@@ -296,7 +303,17 @@ norm_backward = kernel_op("norm_backward", "norms:backward")(norm_backward_refer
 
 
 @norm_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: object, residual: Tensor | None, rows: object, dropout: float, seed: int, centred: bool, *_: Any) -> Any:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: object,
+    residual: Tensor | None,
+    rows: object,
+    dropout: float,
+    seed: int,
+    centred: bool,
+    *_: Any,
+) -> Any:
     like = x if residual is None else residual
     h = like.new_empty(like.shape if residual is not None or dropout > 0.0 else (0,))
     scale = x.new_empty(x.shape[:1], dtype=_wide(x, like))
@@ -304,9 +321,25 @@ def _(x: Tensor, weight: Tensor, bias: object, residual: Tensor | None, rows: ob
 
 
 @norm_backward.register_fake
-def _(grad: Tensor, grad_h: object, h: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, rows: object, has_bias: bool, separate: bool, *_: Any) -> Any:
+def _(
+    grad: Tensor,
+    grad_h: object,
+    h: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    rows: object,
+    has_bias: bool,
+    separate: bool,
+    *_: Any,
+) -> Any:
     dresidual = h.new_empty(h.shape if separate else (0,))
-    return grad.new_empty(grad.shape), dresidual, weight.new_empty(weight.shape), weight.new_empty(weight.shape if has_bias else (0,))
+    return (
+        grad.new_empty(grad.shape),
+        dresidual,
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape if has_bias else (0,)),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -314,14 +347,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     y, h, mean, scale = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, scale)
-    ctx.has_bias, ctx.has_residual, ctx.like_y = bias is not None, residual is not None, y.dtype
-    ctx.save_for_backward(h if h.dim() == 2 else x, weight, mean, scale, rows)
+    ctx.has_bias, ctx.has_residual, ctx.like_y, ctx.stored = bias is not None, residual is not None, y.dtype, h.dim() == 2
+    ctx.save_for_backward(h if ctx.stored else x, weight, mean, scale, rows)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_h: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     h, weight, mean, scale, rows = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(h, dtype=ctx.like_y)
+    grad_h = grad_h if ctx.stored else None  # of an h without elements, torch.compile would pass a gradient without any
     separate = ctx.has_residual and (ctx.mask[0] > 0.0 or h.dtype != grad.dtype)
     dx, dresidual, dweight, dbias = norm_backward(
         grad, grad_h, h, weight, mean, scale, rows, ctx.has_bias, separate, *ctx.mask, ctx.centred, ctx.zero_centred

@@ -34,7 +34,8 @@ class FusedAdamW(torch.optim.Optimizer):
     that bf16 lacks, which with the parameter are the fp32 number). stochastic_rounding: of bf16 parameters that have no master;
     `seed` and the step pick the chance, so ranks with the same parameters round alike. capturable: the step count is kept on
     the device, so that a CUDA graph of the step counts on; `lr` should then be a tensor on the device too, if it changes.
-    torch.amp.GradScaler's scale and its found_inf are applied in the same pass, and the count is then on the device too. Raises ValueError for settings out of range.
+    torch.amp.GradScaler's scale and its found_inf are applied in the same pass, and the count is then on the device too.
+    Raises ValueError for settings out of range.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to `step`
@@ -57,7 +58,7 @@ class FusedAdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options))
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
     ) -> Any:
         """One step; returns what `closure` does. grad_scale multiplies the gradients, found_inf (if not 0) makes it no step:
@@ -95,11 +96,12 @@ class FusedAdamW(torch.optim.Optimizer):
             state["step"] = state["step"].to(parameter.device)
             state["step"] += found_inf.reshape(()) == 0
         step = state["step"]
+        on_device = self.defaults["capturable"] or step.device.type != "cpu"
         target, grad = parameter.contiguous(), parameter.grad.contiguous()
         beta1, beta2 = group["betas"]
         fused_adam(
             target, grad, state["exp_avg"], state["exp_avg_sq"],
-            step=step if step.device.type != "cpu" or self.defaults["capturable"] else max(int(step), 1), lr=_on_host_or_beside(group["lr"], target),
+            step=step if on_device else max(int(step), 1), lr=_on_host_or_beside(group["lr"], target),
             beta1=float(beta1), beta2=float(beta2), eps=group["eps"], weight_decay=group["weight_decay"],
             master=state.get("master"), remainder=state.get("remainder"),
             stochastic_seed=self.defaults["seed"] + (index << 32) if by_chance else None,
@@ -110,6 +112,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def _fresh(self, parameter: Tensor) -> dict[str, Tensor]:
         """State before the first step: all but `step` contiguous and of the parameter's shape."""
+
         def zeros() -> Tensor:
             return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
 

@@ -97,17 +97,13 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, ...]:
     return x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
 
 
-def _rotary_torch(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool
-) -> Tensor:
+def _rotary_torch(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool) -> Tensor:
     y = rotary_reference(x, cos, sin, positions, interleaved)
     return x.copy_(y) if inplace else y
 
 
 @kernel_op("rotary", "rotary:turn")
-def rotary_op(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
-) -> Tensor:
+def rotary_op(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool) -> Tensor:
     """A turned copy of x."""
     return rotary_reference(x, cos, sin, positions, interleaved, inverse).contiguous()
 
@@ -118,9 +114,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved
 
 
 @kernel_op("rotary_in_place", "rotary:turn_in_place", mutates=["x"])
-def rotary_in_place_op(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
-) -> None:
+def rotary_in_place_op(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool) -> None:
     """Turn x itself."""
     x.copy_(rotary_reference(x, cos, sin, positions, interleaved, inverse))
 
@@ -153,13 +147,11 @@ class _InPlace(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _turn_back(ctx, grad)[:5]
 
 
-def _rotary_triton(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool
-) -> Tensor:
+def _rotary_triton(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool) -> Tensor:
     if x.dtype == torch.float64:  # kernels compute in fp32
         return _rotary_torch(x, cos, sin, positions, interleaved, inplace)
     if not inplace:

@@ -54,38 +54,41 @@ def _find(name: str, arch: int, size: int) -> tuple[int, Row]:
 
 # One block of lines per kernel file, in the order of the files.
 
-# norms: a row limit is the width; a BLOCK below the width means the kernels that go through a row in blocks. A forward thread
-# has 16 elements, a backward one too; PROGRAMS: per multiprocessor; STAGES: rows on their way in shared memory, plus one
-_table(
-    "norm_forward",
-    [
-        Row(64, dict(ROWS=32, BLOCK=64, num_warps=4)),
-        Row(128, dict(ROWS=16, BLOCK=128, num_warps=4)),
-        Row(256, dict(ROWS=8, BLOCK=256, num_warps=4)),
-        Row(512, dict(ROWS=4, BLOCK=512, num_warps=4)),
-        Row(1024, dict(ROWS=2, BLOCK=1024, num_warps=4)),
-        Row(2048, dict(ROWS=1, BLOCK=2048, num_warps=4)),
-        Row(4096, dict(ROWS=1, BLOCK=4096, num_warps=8)),
-        Row(8192, dict(ROWS=1, BLOCK=8192, num_warps=16)),
-        Row(16384, dict(ROWS=1, BLOCK=16384, num_warps=32)),
-        Row(0, dict(ROWS=1, BLOCK=8192, STAGES=2, num_warps=16)),
-    ],
-)
-for _bits, _stages in ((16, 3), (32, 2)):
+# norms, for elements of 16 and of 32 bits: a row limit is the width; a BLOCK below the width means the kernels that go through
+# a row in blocks. A forward thread has 32 bytes of each tensor; PROGRAMS: per multiprocessor; STAGES - 1: tiles on their way
+# in shared memory. What a dropout mask takes in registers is made up for by more warps, except at 8192, where 32 have too few.
+for _bits, _warps in ((16, 4), (32, 8)):
     _table(
-        f"norm_backward_{_bits}",
+        f"norm_forward_{_bits}",
         [
-            Row(64, dict(ROWS=64, BLOCK=64, STAGES=_stages, PROGRAMS=2, num_warps=8)),
-            Row(128, dict(ROWS=32, BLOCK=128, STAGES=_stages, PROGRAMS=2, num_warps=8)),
-            Row(256, dict(ROWS=16, BLOCK=256, STAGES=_stages, PROGRAMS=2, num_warps=8)),
-            Row(512, dict(ROWS=8, BLOCK=512, STAGES=_stages, PROGRAMS=2, num_warps=8)),
-            Row(1024, dict(ROWS=4, BLOCK=1024, STAGES=_stages, PROGRAMS=2, num_warps=8)),
-            Row(2048, dict(ROWS=2, BLOCK=2048, STAGES=_stages, PROGRAMS=2, num_warps=8)),
-            Row(4096, dict(ROWS=1, BLOCK=4096, STAGES=_stages, PROGRAMS=2, num_warps=8)),
-            Row(8192, dict(ROWS=1, BLOCK=8192, STAGES=_stages, PROGRAMS=1, num_warps=16)),
-            Row(0, dict(ROWS=1, BLOCK=4096, STAGES=_stages, PROGRAMS=2, num_warps=8)),
+            Row(64, dict(ROWS=32, BLOCK=64, num_warps=_warps)),
+            Row(128, dict(ROWS=16, BLOCK=128, num_warps=_warps)),
+            Row(256, dict(ROWS=8, BLOCK=256, num_warps=_warps)),
+            Row(512, dict(ROWS=4, BLOCK=512, num_warps=_warps)),
+            Row(1024, dict(ROWS=2, BLOCK=1024, num_warps=_warps)),
+            Row(2048, dict(ROWS=1, BLOCK=2048, num_warps=_warps)),
+            Row(4096, dict(ROWS=1, BLOCK=4096, num_warps=2 * _warps)),
+            Row(8192, dict(ROWS=1, BLOCK=8192, num_warps=4 * _warps)),
+            Row(16384, dict(ROWS=1, BLOCK=16384, num_warps=32)),
+            Row(0, dict(ROWS=1, BLOCK=4096, STAGES=2, num_warps=16)),
         ],
     )
+for _bits, _stages in ((16, 3), (32, 2)):
+    for _mask, _warps in (("", 8), ("_dropout", 16)):
+        _table(
+            f"norm_backward_{_bits}{_mask}",
+            [
+                Row(64, dict(ROWS=64, BLOCK=64, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+                Row(128, dict(ROWS=32, BLOCK=128, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+                Row(256, dict(ROWS=16, BLOCK=256, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+                Row(512, dict(ROWS=8, BLOCK=512, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+                Row(1024, dict(ROWS=4, BLOCK=1024, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+                Row(2048, dict(ROWS=2, BLOCK=2048, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+                Row(4096, dict(ROWS=1, BLOCK=4096, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+                Row(8192, dict(ROWS=1, BLOCK=8192, STAGES=_stages, PROGRAMS=1, num_warps=16)),
+                Row(0, dict(ROWS=1, BLOCK=65536 // _bits, STAGES=3, PROGRAMS=2, num_warps=_warps)),
+            ],
+        )
 _table("norm_row_means", [Row(0, dict(ROWS=1, BLOCK=4096, STAGES=2, num_warps=8))])
 _table("norm_add_shares", [Row(0, dict(ROWS=64, BLOCK=32, num_warps=4))])
 

@@ -32,7 +32,6 @@ class KernelsConfig:
     geglu: str = _operation(_TRITON)
     bias_gelu: str = _operation(_TRITON)
     cross_entropy: str = _operation(_TRITON)
-    linear_cross_entropy: str = _operation(_TRITON)
     flash_attention: str = _operation(_PLAIN)
     fuse_projections: bool = knob(False, "q, k and v in one matrix product, and gate and up; the parameters stay apart")
 
@@ -47,5 +46,6 @@ class KernelsConfig:
         return [f"kernels.{key}" for key, wish in wishes.items() if wish == name]
 
 
-KERNELS = tuple(f.name for f in fields(KernelsConfig) if f.name != "backend" and "triton" in f.metadata["allowed"])
-"""The operations that have a Triton kernel."""
+# The operations that run Triton kernels. The last has no choice of its own: it runs those of cross_entropy in chunks.
+_CHOSEN = tuple(f.name for f in fields(KernelsConfig) if f.name != "backend" and "triton" in f.metadata["allowed"])
+KERNELS = (*_CHOSEN, "linear_cross_entropy")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megalm.config.data import DataConfig
-from megalm.config.knobs import knob, section
 from megalm.config.kernels import KernelsConfig
+from megalm.config.knobs import knob, section
 from megalm.config.model import ModelConfig
 from megalm.config.optim import OptimConfig
 from megalm.config.parallel import ParallelConfig

@@ -38,8 +38,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """d loss / d logit = softmax - 1 at the label."""
         logits, anchor, labels, largest, total = ctx.saved_tensors
-        ours = anchor is not None  # exponentials, which only this backward reads
-        gradient = cross_entropy_gradient(logits, labels, largest, total, grad, **ctx.columns, anchor=anchor, inplace=ours)
+        gradient = cross_entropy_gradient(logits, labels, largest, total, grad, **ctx.columns, anchor=anchor, inplace=True)
         return gradient.to(ctx.dtype), None, None, None
 
 
@@ -47,8 +46,9 @@ def token_losses(logits: Tensor, labels: Tensor, group: Group, vocab_size: int) 
     """Losses of single tokens in nats, fp32 (T,); 0 for a label of -100.
 
     logits (T, V / size rounded up): this rank's columns of the vocabulary, of which those from `vocab_size` on are padding;
-    labels (T,) int64, the same on all ranks of the group.
+    labels (T,) int64, the same on all ranks of the group. The backward may put the gradient where the logits are: nobody else
+    reads what a head computes, and a second copy would be the largest tensor of the step.
     """
     if group.size == 1:
-        return cross_entropy(logits, labels)
+        return cross_entropy(logits, labels, inplace=True)
     return _VocabParallelCrossEntropy.apply(logits, labels, group, vocab_size)

@@ -15,8 +15,9 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
 from megalm_kernels import compile_gate, device, tables
-from megalm_kernels.compile_gate import NoSpecimen, Report, run_gate
+from megalm_kernels.compile_gate import Report, run_gate
 from megalm_kernels.cubin import SHARED_LIMITS
+from megalm_kernels.specimens import NoSpecimen
 
 TOYS = Path(__file__).parent / "toys"
 GOOD = {

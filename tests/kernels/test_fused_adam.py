@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import megalm_kernels as ops
+from megalm_kernels import rounding
 from megalm_kernels.fused_adam import _fused_adam_op, _fused_adam_triton
 from megalm_kernels.rounding import join_fp32, random16, split_fp32, stochastic_round
 
@@ -111,7 +112,8 @@ def op_arguments(given: dict[str, Any], on_device: bool) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "grad", "kind", "on_device"), [(FP32, FP32, "", False), (BF16, BF16, "remainder", True), (BF16, FP32, "chance", False)]
+    ("dtype", "grad", "kind", "on_device"),
+    [(FP32, FP32, "", False), (BF16, BF16, "remainder", True), (BF16, FP32, "chance", False)],
 )
 def test_opcheck(dtype, grad, kind, on_device):
     torch.library.opcheck(_fused_adam_op, op_arguments(start(dtype, grad, kind), on_device))
@@ -135,17 +137,26 @@ def test_compiles_in_one_graph():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(param=torch.zeros(33, dtype=torch.float64)), "dtype of param is torch.float64, wanted torch.float32 or torch.bfloat16"),
+        (
+            dict(param=torch.zeros(33, dtype=torch.float64)),
+            "dtype of param is torch.float64, wanted torch.float32 or torch.bfloat16",
+        ),
         (dict(grad=torch.zeros(32)), r"shape of grad is \(32,\), wanted \(33,\)"),
         (dict(grad=torch.zeros(33, dtype=torch.int32)), "dtype of grad is torch.int32"),
         (dict(exp_avg=torch.zeros(33, dtype=BF16)), "dtype of exp_avg is torch.bfloat16, wanted torch.float32"),
         (dict(exp_avg_sq=torch.zeros(66)[::2]), r"exp_avg_sq is a view with strides \(2,\), wanted contiguous"),
         (dict(exp_avg=torch.zeros(33, device="meta")), "device of exp_avg is meta, wanted cpu"),
-        (dict(master=torch.zeros(33)), r"dtype of param \(with master\) is torch.float32, wanted torch.bfloat16 or torch.float16"),
+        (
+            dict(master=torch.zeros(33)),
+            r"dtype of param \(with master\) is torch.float32, wanted torch.bfloat16 or torch.float16",
+        ),
         (dict(remainder=torch.zeros(33, dtype=torch.int16)), r"dtype of param \(with remainder\) is torch.float32"),
         (dict(stochastic_seed=1), r"dtype of param \(with stochastic_seed\) is torch.float32, wanted torch.bfloat16"),
         (dict(master=torch.zeros(33), stochastic_seed=1), "master and stochastic_seed is given, wanted one of them at most"),
-        (dict(param=torch.zeros(33, dtype=BF16), remainder=torch.zeros(33)), "dtype of remainder is torch.float32, wanted torch.int16"),
+        (
+            dict(param=torch.zeros(33, dtype=BF16), remainder=torch.zeros(33)),
+            "dtype of remainder is torch.float32, wanted torch.int16",
+        ),
         (dict(step=0), "step is 0, wanted at least 1"),
         (dict(step=torch.tensor(1)), "dtype of step is torch.int64, wanted torch.float32"),
         (dict(lr=torch.ones(2)), r"shape of lr is \(2,\), wanted one element"),
@@ -188,6 +199,14 @@ def test_rounding_by_chance_is_right_on_average():
     assert torch.isnan(stochastic_round(nan, 5, 1)).all()
 
 
+def test_the_chance_is_the_distance(monkeypatch):
+    """Of all 2^16 random numbers, as many round up as the low half of the bits says."""
+    monkeypatch.setattr(rounding, "random16", lambda count, *_: torch.arange(2**16))
+    for low in (0, 1, 0x8000, 0xFFFF):
+        x = torch.full((2**16,), 0x3F800000 + low, dtype=torch.int32).view(FP32)
+        assert (stochastic_round(x, 5, 1).float() > 1.0).sum().item() == low
+
+
 def test_the_chance_is_of_seed_step_and_index():
     assert torch.equal(random16(1000, 7, 3)[:101], random16(101, 7, 3))
     assert torch.equal(random16(8, 7, 3), random16(8, 7, torch.tensor(3.0)))
@@ -202,6 +221,7 @@ def test_the_generator_is_philox_4x32_10():
     from megalm_kernels.rounding import _philox
 
     ones = 0xFFFFFFFF
-    zeros = [word.item() for word in _philox([torch.tensor(0)] * 4, 0, 0)]
-    assert zeros == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    assert [word.item() for word in _philox([torch.tensor(ones)] * 4, ones, ones)] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    of_zeros = [word.item() for word in _philox([torch.tensor(0)] * 4, 0, 0)]
+    of_ones = [word.item() for word in _philox([torch.tensor(ones)] * 4, ones, ones)]
+    assert of_zeros == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert of_ones == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]

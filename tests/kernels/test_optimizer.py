@@ -24,7 +24,8 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
 def groups(module: nn.Module) -> list[dict]:
     """Two groups, as training has them."""
     return [
-        {"params": [p for p in module.parameters() if p.dim() == dim], "weight_decay": decay} for dim, decay in ((2, 0.1), (1, 0.0))
+        {"params": [p for p in module.parameters() if p.dim() == dim], "weight_decay": decay}
+        for dim, decay in ((2, 0.1), (1, 0.0))
     ]
 
 
@@ -143,6 +144,7 @@ def test_a_checkpoint_continues(master: str, later: str) -> None:
     kinds = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32, "step": torch.float32}
     kinds |= {"fp32": {"master": torch.float32}, "remainder": {"remainder": torch.int16}}[later]
     assert {key: x.dtype for key, x in resumed.state[next(other.parameters())].items()} == kinds
+    assert resumed.param_groups[0]["master"] == later
     if master == "none":
         return
     run(module, optimizer, 3, 2)
@@ -153,6 +155,20 @@ def test_a_checkpoint_continues(master: str, later: str) -> None:
         for p, state in ((a, optimizer.state[a]), (b, resumed.state[b])):
             wholes.append(state["master"] if "master" in state else join_fp32(p.detach(), state["remainder"]))
         assert torch.equal(*wholes)
+
+
+def test_a_master_between_two_bf16_numbers_becomes_a_remainder() -> None:
+    """The parameter was rounded to even, and its remainder needs it rounded away from zero."""
+    parameter = nn.Parameter(torch.ones(4, dtype=BF16))
+    one, other = FusedAdamW([parameter], master="fp32"), FusedAdamW([parameter], master="remainder")
+    parameter.grad = torch.ones_like(parameter)
+    one.step()
+    saved = one.state_dict()
+    saved["state"][0]["master"] = torch.full((4,), 1 + 2**-8)
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    other.load_state_dict(saved)
+    assert torch.equal(join_fp32(parameter.detach(), other.state[parameter]["remainder"]), saved["state"][0]["master"])
 
 
 def test_rounding_by_chance_adds_up() -> None:
@@ -185,7 +201,9 @@ def test_grad_scaler_unscales_and_skips() -> None:
             next(ours.parameters()).grad[0] = torch.inf  # type: ignore[index]
         else:
             oracle.step()
+        before = next(ours.parameters()).grad.clone()  # type: ignore[union-attr]
         scaler.step(optimizer)
+        assert torch.equal(next(ours.parameters()).grad, before), "the scaler made a pass over the gradients"
         scaler.update()
         assert_same(ours, theirs)
     assert all(int(state["step"]) == 3 for state in optimizer.state.values())
@@ -194,7 +212,8 @@ def test_grad_scaler_unscales_and_skips() -> None:
 def test_scale_and_flag_of_the_caller() -> None:
     ours, theirs = model(), model()
     optimizer, oracle = FusedAdamW(groups(ours), **SETTINGS, capturable=True), torch.optim.AdamW(groups(theirs), **SETTINGS)
-    run(ours, Stepping(optimizer, grad_scale=torch.tensor(0.25), found_inf=torch.zeros(())), 0, 3, scale=4.0)  # type: ignore[arg-type]
+    unscaling = Stepping(optimizer, grad_scale=torch.tensor(0.25), found_inf=torch.zeros(()))
+    run(ours, unscaling, 0, 3, scale=4.0)  # type: ignore[arg-type]
     run(theirs, oracle, 0, 3)
     assert_same(ours, theirs)
     run(ours, Stepping(optimizer, found_inf=torch.ones(())), 3, 1)  # type: ignore[arg-type]

@@ -33,14 +33,16 @@ def batch(step: int) -> Tensor:
     return torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
 
 
-def train_with_deepspeed(kind: type[torch.optim.Optimizer], stage: int, dtype: torch.dtype, rank: int, size: int) -> dict[str, Tensor]:
+def train_with_deepspeed(
+    kind: type[torch.optim.Optimizer], stage: int, dtype: torch.dtype, rank: int, size: int
+) -> dict[str, Tensor]:
     """fp32 weights and first moments after some steps, on this rank's part of each batch."""
     deepspeed = import_deepspeed()
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     module = model().to(dtype)
-    names = {name: p for name, p in module.named_parameters()}
+    names = dict(module.named_parameters())
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 8 // size,
         "gradient_clipping": 0.5,
@@ -59,19 +61,19 @@ def train_with_deepspeed(kind: type[torch.optim.Optimizer], stage: int, dtype: t
         engine.backward(out.float().square().mean())
         engine.step()
     found = {f"weight/{name}": safe_get_full_fp32_param(p) for name, p in names.items()}
-    first_group = [name for name, p in names.items() if name.endswith("weight")]
+    first_group = [name for name in names if name.endswith("weight")]  # of the others DeepSpeed links no moments
     return found | {f"exp_avg/{name}": safe_get_full_optimizer_state(names[name], "exp_avg") for name in first_group}
 
 
-def train_everywhere(rank: int, size: int) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def train_everywhere(rank: int, size: int) -> list[tuple[dict[str, Tensor], ...]]:
     return [
-        (train_with_deepspeed(FusedAdamW, stage, dtype, rank, size), train_with_deepspeed(torch.optim.AdamW, stage, dtype, rank, size))
+        tuple(train_with_deepspeed(kind, stage, dtype, rank, size) for kind in (FusedAdamW, torch.optim.AdamW))
         for stage, dtype in CASES
     ]
 
 
 @pytest.fixture(scope="module")
-def trained() -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def trained() -> list[tuple[dict[str, Tensor], ...]]:
     return run_distributed(train_everywhere, 2)[0]
 
 

@@ -21,18 +21,6 @@ def _compare(run, reference, inputs, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [1, 7, 64, 129])
-def test_norms(width, dtype):
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(3, 5, width), 1 + 0.1 * torch.randn(width), torch.randn(width)
-    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    scaled = lambda f: lambda *a: 0.1 * f(*a)  # noqa: E731  keeps bf16 gradients of order 1
-    _compare(scaled(ops.rms_norm), scaled(ops.rms_norm_reference), [x, weight], dtype)
-    if width > 1:  # the variance of one number is 0: the gradient there is noise over eps
-        _compare(scaled(ops.layer_norm), scaled(ops.layer_norm_reference), [x, weight, bias], dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("queries,keys,heads,kv_heads", [(5, 5, 4, 4), (7, 7, 4, 2), (1, 9, 6, 1), (3, 8, 2, 2)])
 def test_attention(queries, keys, heads, kv_heads, causal, dtype):
@@ -50,14 +38,3 @@ def test_causal_attention_looks_back_only():
     after = ops.flash_attention(q, k, v)
     torch.testing.assert_close(before[:, :4], after[:, :4])
     assert not torch.allclose(before[:, 4:], after[:, 4:])
-
-
-def test_cross_entropy_counts_no_ignored_label():
-    logits, labels = torch.randn(6, 11), torch.tensor([0, 10, -100, 3, -100, 7])
-    _compare(
-        lambda x: ops.cross_entropy(x, labels),
-        lambda x: ops.cross_entropy_reference(x, labels),
-        [logits],
-        torch.float32,
-    )
-    assert ops.cross_entropy(logits, labels)[[2, 4]].tolist() == [0.0, 0.0]

@@ -15,8 +15,8 @@ from megalm.config.tasks import KernelsRun
 from megalm.errors import ConfigError
 from megalm.launchers.check import check
 from megalm.launchers.compose import inspect, parse
-from megalm.launchers.kernels import compile_kernels, explain
-from megalm_kernels import compat, compile_gate
+from megalm.launchers.kernels import bench, compile_kernels, explain
+from megalm_kernels import benchmarks, compat, compile_gate
 
 Megalm = Callable[..., subprocess.CompletedProcess]
 
@@ -75,7 +75,7 @@ def test_the_verb_alone_explains(megalm: Megalm) -> None:
     run = megalm("kernels")
     assert run.returncode == 0, run.stderr
     rows = {line.split()[0]: line for line in run.stdout.splitlines() if line}
-    assert set(KERNELS) <= set(rows)
+    assert {*KERNELS, "flash_attention"} - {"linear_cross_entropy"} <= set(rows)
     assert "torch    triton: no GPU" in rows["rms_norm"]
     assert {"triton", "apex"} <= set(rows)
 
@@ -127,3 +127,15 @@ def test_compile_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "installed", lambda: False)
     with pytest.raises(ConfigError, match=r"triton, which is not installed\n.*pip install 'triton"):
         compile_kernels(config_of("compile"))
+
+
+def test_bench_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+    monkeypatch.setattr(benchmarks, "run", lambda *arguments: asked.append(arguments) or len(asked) - 1)
+    config = config_of("bench", "ops=[swiglu]", "quick=true", "device=cpu", "peers=[torch,liger]", f"results={tmp_path}")
+    bench(config)
+    assert asked == [(["swiglu"], "cpu", True, tmp_path, ["torch", "liger"])]
+    with pytest.raises(SystemExit, match="1"):  # a measurement failed
+        bench(config)
+    with pytest.raises(ConfigError, match="no GPU is visible here"):
+        bench(config_of("bench", "device=cuda"))

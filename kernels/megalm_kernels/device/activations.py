@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megalm_kernels import launch, tables
+from megalm_kernels import tables
 from megalm_kernels.dispatch import rows_of
+from megalm_kernels.launch import arch_of, launch, multiprocessors
 
 PROGRAMS_PER_MULTIPROCESSOR = 8  # of bias_gelu's backward, each with a row of fp32 partial sums
 
@@ -132,10 +133,10 @@ def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     if y.numel() == 0:
         return y
     g, u, out = _rows(gate, up, y)
-    settings = tables.lookup("gated", launch.arch_of(y.device), y.element_size())
+    settings = tables.lookup("gated", arch_of(y.device), y.element_size())
     blocks = triton.cdiv(g.shape[1], settings["BLOCK"])
     grid = (g.shape[0] * blocks,)
-    launch.launch(_gated, grid, g, u, out, g.shape[1], blocks, g.stride(0), u.stride(0), out.stride(0), GELU=gelu, **settings)
+    launch(_gated, grid, g, u, out, g.shape[1], blocks, g.stride(0), u.stride(0), out.stride(0), GELU=gelu, **settings)
     return y
 
 
@@ -145,11 +146,11 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, gelu: bool) -> tuple[
     if dgate.numel() == 0:
         return dgate, dup
     dy, g, u, dg, du = _rows(grad, gate, up, dgate, dup)
-    settings = tables.lookup("gated_backward", launch.arch_of(dg.device), dg.element_size())
+    settings = tables.lookup("gated_backward", arch_of(dg.device), dg.element_size())
     blocks = triton.cdiv(g.shape[1], settings["BLOCK"])
     strides = (dy.stride(0), g.stride(0), u.stride(0), dg.stride(0))
     grid = (g.shape[0] * blocks,)
-    launch.launch(_gated_backward, grid, dy, g, u, dg, du, g.shape[1], blocks, *strides, GELU=gelu, **settings)
+    launch(_gated_backward, grid, dy, g, u, dg, du, g.shape[1], blocks, *strides, GELU=gelu, **settings)
     return dgate, dup
 
 
@@ -166,10 +167,10 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     x, out = rows_of(x), rows_of(y)
-    settings = tables.lookup("bias_gelu", launch.arch_of(x.device), x.element_size())
+    settings = tables.lookup("bias_gelu", arch_of(x.device), x.element_size())
     blocks = triton.cdiv(x.shape[1], settings["BLOCK"])
     grid = (triton.cdiv(x.shape[0], settings["ROWS"]) * blocks,)
-    launch.launch(_bias_gelu, grid, x, bias.contiguous(), out, *x.shape, blocks, x.stride(0), out.stride(0), **settings)
+    launch(_bias_gelu, grid, x, bias.contiguous(), out, *x.shape, blocks, x.stride(0), out.stride(0), **settings)
     return y
 
 
@@ -180,24 +181,22 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, T
         return dx, torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
     dy, x, out = rows_of(grad), rows_of(x), rows_of(dx)
     rows, columns = x.shape
-    settings = tables.lookup("bias_gelu_backward", launch.arch_of(x.device), x.element_size())
+    settings = tables.lookup("bias_gelu_backward", arch_of(x.device), x.element_size())
     blocks = triton.cdiv(columns, settings["BLOCK"])
     tiles = triton.cdiv(rows, settings["ROWS"])
-    groups = min(tiles, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * launch.multiprocessors(x.device), blocks))
+    groups = min(tiles, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device), blocks))
     partials = torch.empty(groups, columns, dtype=torch.float32, device=x.device)
     strides = (dy.stride(0), x.stride(0), out.stride(0))
     sizes = (rows, columns, blocks, groups)
-    launch.launch(
-        _bias_gelu_backward, (groups * blocks,), dy, x, bias.contiguous(), out, partials, *sizes, *strides, **settings
-    )
+    launch(_bias_gelu_backward, (groups * blocks,), dy, x, bias.contiguous(), out, partials, *sizes, *strides, **settings)
     return dx, column_sums(partials, bias.dtype)
 
 
 def column_sums(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums of the columns of partials (G, N) fp32, contiguous -> (N,) of dtype."""
     y = torch.empty(partials.shape[1], dtype=dtype, device=partials.device)
-    settings = tables.lookup("column_sums", launch.arch_of(y.device))
-    launch.launch(_column_sums, (triton.cdiv(y.numel(), settings["BLOCK"]),), partials, y, *partials.shape, **settings)
+    settings = tables.lookup("column_sums", arch_of(y.device))
+    launch(_column_sums, (triton.cdiv(y.numel(), settings["BLOCK"]),), partials, y, *partials.shape, **settings)
     return y
 
 

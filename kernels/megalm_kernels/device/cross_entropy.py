@@ -24,12 +24,18 @@ MERGED_ROWS = 512  # rows of one program of `_merge`: four per thread
 
 
 @triton.jit
+def _exp(x):
+    """exp with results below 1e-38 cut to 0: `tl.exp` spends three more instructions per logit on those."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def _tanh(u):
     """tanh to the last bits of fp32: a polynomial (least squares on 0..0.55) where 1 - exp would cancel."""
     square = u * u
     series = 0.13320642709732056 + square * (-0.05266802757978439 + square * 0.016432009637355804)
     near = u + u * square * (-0.3333294093608856 + square * series)
-    shrunk = tl.exp(-2.0 * tl.abs(u))
+    shrunk = _exp(-2.0 * tl.abs(u))
     far = (1.0 - shrunk) / (1.0 + shrunk)
     return tl.where(tl.abs(u) < 0.55, near, tl.where(u < 0, -far, far))
 
@@ -73,9 +79,9 @@ def _statistics(
             plain_sum += tl.sum(tl.where(inside, x, 0.0), 1)
         before = largest
         largest = tl.maximum(largest, tl.max(x, 1))
-        total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest[:, None]), 1)
+        total = total * _exp(before - largest) + tl.sum(_exp(x - largest[:, None]), 1)
     of_row = tl.max(largest, 0)
-    total_of_row = tl.sum(total * tl.exp(largest - of_row), 0)
+    total_of_row = tl.sum(total * _exp(largest - of_row), 0)
     parts_ptr += split * tl.cast(rows, tl.int64) + row
     kind = tl.num_programs(1) * tl.cast(rows, tl.int64)
     tl.store(parts_ptr, of_row)
@@ -103,7 +109,7 @@ def _merge(
         part = tl.load(at, mask=mask, other=0.0)
         before = largest
         largest = tl.maximum(largest, part)
-        total = total * tl.exp(before - largest) + tl.load(at + kind, mask=mask, other=1.0) * tl.exp(part - largest)
+        total = total * _exp(before - largest) + tl.load(at + kind, mask=mask, other=1.0) * _exp(part - largest)
         if SUM:
             plain_sum += tl.load(at + 2 * kind, mask=mask, other=0.0)
     label = tl.load(labels_ptr + row, mask=mask, other=0)
@@ -165,7 +171,7 @@ def _gradient(
             ratio = _tanh(x / softcap)
             slope = 1.0 - ratio * ratio
             x = softcap * ratio
-        dx = of_softmax * tl.exp(x - largest) - tl.where(i == column, of_label, 0.0)
+        dx = of_softmax * _exp(x - largest) - tl.where(i == column, of_label, 0.0)
         if SMOOTHED:
             dx -= of_all
         dx *= slope

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megalm_kernels import launch, tables
+from megalm_kernels import tables
+from megalm_kernels.launch import arch_of, launch
 
 
 @triton.jit
@@ -89,9 +90,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interlea
     return y
 
 
-def turn_in_place(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
-) -> None:
+def turn_in_place(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool) -> None:
     """Turn x itself; the channels that are not turned are not touched."""
     if x.stride(-1) != 1:
         x.copy_(turn(x, cos, sin, positions, interleaved, inverse))
@@ -99,9 +98,7 @@ def turn_in_place(
     _launch(x, x, cos, sin, positions, interleaved, inverse)
 
 
-def _launch(
-    x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
-) -> None:
+def _launch(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool) -> None:
     if x.numel() == 0:
         return
     in_place = y is x
@@ -110,14 +107,14 @@ def _launch(
     half = cos.shape[1]
     rest = 0 if in_place else channels - 2 * half
     half_cols = triton.next_power_of_2(half)
-    settings = dict(tables.lookup("rotary", launch.arch_of(x.device), half_cols))
+    settings = dict(tables.lookup("rotary", arch_of(x.device), half_cols))
     rows = settings.pop("ROWS")
     block_heads = min(rows, _divisor(heads))
     block_tokens = min(rows // block_heads, triton.next_power_of_2(tokens))
     blocks = triton.cdiv(tokens, block_tokens)
     grid = (batch * blocks, triton.cdiv(heads, block_heads))
     per_sequence = positions is not None and positions.dim() == 2
-    launch.launch(
+    launch(
         _turn,
         grid,
         x,
