@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 # Distributions whose module has another name, and modules that are looked for and never required.
 MODULE_OF = {"hydra-core": "hydra", "pyyaml": "yaml", "pytest-timeout": "pytest_timeout"}
-PROBED = {"apex"}
+PROBED = {"apex", "amp_C"}
 
 
 def package_folder(package: str) -> Path:

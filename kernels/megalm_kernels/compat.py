@@ -26,12 +26,12 @@ def mend_interpreter() -> None:
     As shipped (3.6 to 3.9) it cuts fp32 off instead of rounding it to bf16, and multiplies bf16 matrices as the integers
     that hold them. And Triton 3.6 turns one-element arrays into indices in a way that numpy 2.4 refuses.
     """
-    import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
     if getattr(interpreter, "mended", False):
         return
+    np = interpreter.np
     convert, dot, patch = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
 
     def convert_float(x: Any, source: Any, target: Any, rounding: Any) -> Any:

@@ -73,22 +73,24 @@ for _bits, _warps in ((16, 4), (32, 8)):
             Row(0, dict(ROWS=1, BLOCK=4096, STAGES=2, num_warps=16)),
         ],
     )
-for _bits, _stages in ((16, 3), (32, 2)):
-    for _mask, _warps in (("", 8), ("_dropout", 16)):
-        _table(
-            f"norm_backward_{_bits}{_mask}",
-            [
-                Row(64, dict(ROWS=64, BLOCK=64, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
-                Row(128, dict(ROWS=32, BLOCK=128, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
-                Row(256, dict(ROWS=16, BLOCK=256, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
-                Row(512, dict(ROWS=8, BLOCK=512, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
-                Row(1024, dict(ROWS=4, BLOCK=1024, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
-                Row(2048, dict(ROWS=2, BLOCK=2048, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
-                Row(4096, dict(ROWS=1, BLOCK=4096, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
-                Row(8192, dict(ROWS=1, BLOCK=8192, STAGES=_stages, PROGRAMS=1, num_warps=16)),
-                Row(0, dict(ROWS=1, BLOCK=65536 // _bits, STAGES=3, PROGRAMS=2, num_warps=_warps)),
-            ],
-        )
+for _name, _stages, _warps in (("16", 3, 8), ("32", 2, 8), ("16_dropout", 3, 16), ("32_dropout", 1, 16)):
+    _table(
+        f"norm_backward_{_name}",
+        [
+            Row(64, dict(ROWS=64, BLOCK=64, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+            Row(128, dict(ROWS=32, BLOCK=128, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+            Row(256, dict(ROWS=16, BLOCK=256, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+            Row(512, dict(ROWS=8, BLOCK=512, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+            Row(1024, dict(ROWS=4, BLOCK=1024, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+            Row(
+                2048,
+                dict(ROWS=1 if _stages == 1 else 2, BLOCK=2048, STAGES=_stages, PROGRAMS=2, num_warps=min(_warps, 8 * _stages)),
+            ),
+            Row(4096, dict(ROWS=1, BLOCK=4096, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
+            Row(8192, dict(ROWS=1, BLOCK=8192, STAGES=_stages, PROGRAMS=1, num_warps=16)),
+            Row(0, dict(ROWS=1, BLOCK=4096 if _name[:2] == "16" else 2048, STAGES=3, PROGRAMS=2, num_warps=_warps)),
+        ],
+    )
 _table("norm_row_means", [Row(0, dict(ROWS=1, BLOCK=4096, STAGES=2, num_warps=8))])
 _table("norm_add_shares", [Row(0, dict(ROWS=64, BLOCK=32, num_warps=4))])
 

@@ -48,7 +48,8 @@ def test_apex_is_used_only_when_asked_for(registry):
 
 def test_what_is_asked_for_and_cannot_run_is_an_error(registry):
     before = chosen(dispatch.choose("auto", "cpu"))
-    for backend, operations, reason in [("triton", {}, "no GPU"), ("auto", {"op": "apex"}, "absent"), ("auto", {"plain": "triton"}, "none")]:
+    refused = [("triton", {}, "no GPU"), ("auto", {"op": "apex"}, "absent"), ("auto", {"plain": "triton"}, "none")]
+    for backend, operations, reason in refused:
         with pytest.raises(megalm_kernels.Unavailable, match=reason):
             dispatch.choose(backend, "cpu", operations)
     with pytest.raises(ValueError, match="no operation is called opp; there are op, plain"):
