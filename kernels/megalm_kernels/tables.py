@@ -92,7 +92,6 @@ for _name, _stages, _warps in (("16", 3, 8), ("32", 2, 8), ("16_dropout", 3, 16)
         ],
     )
 _table("norm_row_means", [Row(0, dict(ROWS=1, BLOCK=4096, STAGES=2, num_warps=8))])
-_table("norm_add_shares", [Row(0, dict(ROWS=64, BLOCK=32, num_warps=4))])
 
 # fused_adam, l2_norm
 _table("fused_adam", [Row(0, dict(BLOCK=1024, num_warps=4))])
@@ -114,6 +113,8 @@ _table("gated", [Row(2, dict(BLOCK=2048, num_warps=4)), Row(0, dict(BLOCK=1024, 
 _table("gated_backward", [Row(0, dict(BLOCK=1024, num_warps=4))])
 _table("bias_gelu", [Row(2, dict(ROWS=4, BLOCK=1024, num_warps=4)), Row(0, dict(ROWS=4, BLOCK=512, num_warps=4))])
 _table("bias_gelu_backward", [Row(2, dict(ROWS=2, BLOCK=1024, num_warps=4)), Row(0, dict(ROWS=2, BLOCK=512, num_warps=4))])
+
+# column_sums, of norms and activations
 _table("column_sums", [Row(0, dict(ROWS=32, BLOCK=32, num_warps=4))])
 
 # cross_entropy: the size is the number of columns

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megalm_kernels import tables
+from megalm_kernels.device.column_sums import column_sums
 from megalm_kernels.dispatch import rows_of
 from megalm_kernels.launch import arch_of, launch, multiprocessors
 
@@ -115,18 +116,6 @@ def _bias_gelu_backward(
     tl.store(PARTIALS + group.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=is_column)
 
 
-@triton.jit
-def _column_sums(PARTIALS, Y, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of the columns of PARTIALS (rows, columns), always in the same order."""
-    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(0, rows, ROWS):
-        row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (column < columns)[None, :]
-        total += tl.load(PARTIALS + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
-    tl.store(Y + column, tl.sum(total, axis=0).to(Y.dtype.element_ty), mask=column < columns)
-
-
 def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     """silu(gate) * up, or gelu(gate) * up; contiguous."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -190,14 +179,6 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, T
     sizes = (rows, columns, blocks, groups)
     launch(_bias_gelu_backward, (groups * blocks,), dy, x, bias.contiguous(), out, partials, *sizes, *strides, **settings)
     return dx, column_sums(partials, bias.dtype)
-
-
-def column_sums(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums of the columns of partials (G, N) fp32, contiguous -> (N,) of dtype."""
-    y = torch.empty(partials.shape[1], dtype=dtype, device=partials.device)
-    settings = tables.lookup("column_sums", arch_of(y.device))
-    launch(_column_sums, (triton.cdiv(y.numel(), settings["BLOCK"]),), partials, y, *partials.shape, **settings)
-    return y
 
 
 def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:

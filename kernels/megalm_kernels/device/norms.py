@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalm_kernels.device.column_sums import column_sums
 from megalm_kernels.dispatch import rows_of
 from megalm_kernels.launch import arch_of, launch, multiprocessors
 from megalm_kernels.norms import RESOLUTION, threshold
@@ -269,19 +270,6 @@ def _norm_backward(
         tl.store(DBIAS + share, tl.sum(dbias, 0), mask=real)
 
 
-@triton.jit
-def _add_shares(SHARES, OUT, programs, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """OUT (N,) = the sum of SHARES (programs, N) over the programs, always in the same order."""
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    real = columns < N
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.range(0, programs, ROWS):
-        rows = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
-        mask = (rows < programs)[:, None] & real[None, :]
-        total += tl.load(SHARES + rows[:, None] * N + columns[None, :], mask=mask, other=0.0)
-    tl.store(OUT + columns, tl.sum(total, 0).to(OUT.dtype.element_ty), mask=real)
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -335,9 +323,8 @@ def backward(
     count, width = h.shape
     dx = grad.new_empty((count, width))
     dresidual = h.new_empty((count, width) if separate else 0)
-    dweight, dbias = weight.new_zeros(width), weight.new_zeros(width if has_bias else 0)
     if not count:
-        return dx, dresidual, dweight, dbias
+        return dx, dresidual, weight.new_zeros(width), weight.new_zeros(width if has_bias else 0)
     weight, arch = weight.contiguous(), arch_of(h.device)
     table = f"norm_backward_{8 * max(grad.element_size(), h.element_size())}{'_dropout' if dropout else ''}"
     settings = dict(lookup(table, arch, width))
@@ -360,10 +347,8 @@ def backward(
         shares[1] if has_bias else None, count, width, grad.stride(0), 0 if grad_h is None else grad_h.stride(0), h.stride(0),
         *_mask_arguments(dropout, seed), DROP=dropout > 0.0, **flags, **settings,
     )  # fmt: skip
-    for share, out in zip(shares, (dweight, dbias), strict=False):
-        settings = lookup("norm_add_shares", arch)
-        launch(_add_shares, (triton.cdiv(width, settings["BLOCK"]),), share, out, programs, width, **settings)
-    return dx, dresidual, dweight, dbias
+    dweight = column_sums(shares[0], weight.dtype)
+    return dx, dresidual, dweight, column_sums(shares[1], weight.dtype) if has_bias else weight.new_empty(0)
 
 
 def _mask_arguments(dropout: float, seed: int) -> tuple[int, int, int, float]:

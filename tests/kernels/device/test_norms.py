@@ -48,7 +48,7 @@ def check(judge, norm: str, shape: tuple[int, ...], features: dict[str, Any], dt
 def in_blocks(monkeypatch):
     """Rows in blocks of 32 columns: the kernels for wide rows, without the wide rows."""
     row = dict(BLOCK=32, STAGES=2, num_warps=1)
-    for name in [name for name in tables.TABLES if name.startswith("norm_") and name != "norm_add_shares"]:
+    for name in [name for name in tables.TABLES if name.startswith("norm_")]:
         more = dict(PROGRAMS=4) if "backward" in name else {}
         for arch in tables.ARCHS:
             monkeypatch.setitem(tables.TABLES[name], arch, [tables.Row(0, dict(ROWS=2, **row, **more))])
