@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 
 import pytest
 
@@ -35,3 +36,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if marked and not is_there():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it to run the operators that stand for Triton kernels, by their plain bodies: what they save is the same."""
+
+    def pretend() -> None:
+        from megalm_kernels import Choice, dispatch
+
+        dispatch.choose("torch", "cpu")
+        for name, has in dispatch._registry.items():
+            if "triton" in has:
+                choice = (has["triton"].function, Choice(name, "triton", "pretended"))
+                monkeypatch.setitem(dispatch._chosen, name, choice)
+
+    return pretend

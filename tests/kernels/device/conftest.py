@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ALLOCATORS = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 if not INTERPRETED and not torch.cuda.is_available():
@@ -44,12 +46,12 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory is full of NaN (integers: of their largest value), so that what a kernel leaves unwritten is seen."""
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
-    monkeypatch.setattr(Tensor, "new_empty", _poisoned(Tensor.new_empty))
+    for place, name in ALLOCATORS:
+        monkeypatch.setattr(place, name, _poisoned(getattr(place, name)))
 
 
 def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(make)
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
         x = make(*args, **kwargs)
         if x.device.type == "meta":

@@ -5,24 +5,58 @@ On a GPU the buffers are real and all programs run. Each case runs in a process 
 
 from __future__ import annotations
 
+import faulthandler
 import mmap
+import os
 import subprocess
 import sys
+import tempfile
+import traceback
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.kernels.device.conftest import ALLOCATORS
+
 COUNT = 2**31 + 2**14
 
 
 def run_far(module: str, function: str, device: torch.device) -> None:
-    """`function(device)` of a test module in a new process; it must come to its end."""
-    code = f"import sys; sys.path[:0] = {sys.path!r}; from {module} import {function}; import torch; "
-    code += f"{function}(torch.device('{device.type}')); print('reached the end')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and "reached the end" in done.stdout, f"exit {done.returncode}\n{done.stderr[-2000:]}"
+    """`function(device)` of a loaded test module in a process of its own; it must come to its end."""
+    if device.type == "cpu":
+        code, said = _forked(getattr(sys.modules[module], function), device)
+    else:  # CUDA does not survive a fork
+        program = f"import sys; sys.path[:0] = {sys.path!r}; from {module} import {function}; import torch; "
+        program += f"{function}(torch.device('{device.type}'))"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+        code, said = done.returncode, done.stderr
+    assert code == 0, f"exit {code}\n{said[-2000:]}"
+
+
+def _forked(function: Callable[[torch.device], None], device: torch.device) -> tuple[int, str]:
+    """Exit code and what it wrote to stderr, of a fork: it need not import torch and triton again."""
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.dup2(said.fileno(), 2)
+                faulthandler.disable()  # pytest's, which would write past this file
+                for place, name in ALLOCATORS:  # unpoisoned: to fill such a tensor would take its memory
+                    setattr(place, name, getattr(place, name).__wrapped__)
+                function(device)
+                code = 0
+            except BaseException:
+                traceback.print_exc(file=said)
+                said.flush()
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        return code, said.read()
 
 
 def zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
