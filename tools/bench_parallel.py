@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_report import Row, bounded, describe_commit, describe_machine, describe_versions, headline, line
+from bench_report import Row, bounded, describe_machine, describe_versions, headline, line
 from bench_turns import BenchError, alternate, start_sides
 
 from megalm.config.parallel import CHUNKED, SCHEDULES, parse_layout
@@ -43,6 +43,7 @@ from megalm.errors import MegalmError
 from megalm.parallel.schedule_check import check_schedule
 from megalm.parallel.schedule_file import write_schedule
 from megalm.parallel.schedules import build_schedule
+from megalm_kernels.benchmarks.report import describe_commit
 
 HERE = Path(__file__).resolve().parent
 SIZES: dict[str, dict[str, Any]] = {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import statistics
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megalm_kernels.benchmarks.report import versions_of
 
 NOISY = 0.1  # quartiles farther apart than this share of the ratio
 _PACKAGES = ("megalm", "torch", "deepspeed", "numpy")
@@ -82,22 +82,5 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_versions(megatron: str | None) -> dict[str, str]:
     """Of Python and the packages; None: megatron-core is not there."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+    versions = {"python": platform.python_version(), **versions_of(_PACKAGES)}
     return versions | ({"megatron-core": megatron} if megatron else {})
-
-
-def describe_commit(checkout: Path) -> str:
-    """The commit, with a + where files differ from it; `unknown` outside a git checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -123,9 +123,13 @@ def main(arguments: list[str]) -> int:
         for backend in ["torch"] if options.dry_run else options.backends:
             command = [sys.executable, __file__, "--one", backend, f"{folder}/corpus", "--steps", str(options.steps)]
             command += ["--dry-run"] * options.dry_run + ["--", *options.told]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
-            if done.returncode:
-                failed.append({"backend": backend, "output": (done.stdout + done.stderr)[-3000:]})
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+                output = (done.stdout + done.stderr)[-3000:] if done.returncode else ""
+            except subprocess.TimeoutExpired as error:  # the other backend's result is worth keeping
+                output = str(error)
+            if output:
+                failed.append({"backend": backend, "output": output})
                 print(f"{backend}: failed\n{failed[-1]['output']}", file=sys.stderr)
                 continue
             sides.append(json.loads(done.stdout.splitlines()[-1]))

@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
         for i, (name, how) in enumerate((DRY if options.dry_run else SIDES).items()):
             try:
                 losses[name] = train(how, Path(folder) / "corpus", Path(folder) / str(i), options.steps, options.model)
-            except RuntimeError as error:
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 return 1
     first, second = losses.values()

@@ -62,12 +62,14 @@ def run(
     ceilings = measure_ceilings(stopwatch)
     print(report.headline())
     rows: list[report.Row] = []
-    for case in cases:
-        fresh = report.complete(list(measure(case, stopwatch, peers)), ceilings)
-        print("\n".join(report.line(row) for row in fresh if row.status != "absent"), flush=True)
-        rows += fresh
-    found = report.document(rows, ceilings, where, quick)
-    path = report.write(found, results)
+    try:
+        for case in cases:
+            fresh = report.complete(list(measure(case, stopwatch, peers)), ceilings)
+            print("\n".join(report.line(row) for row in fresh if row.status != "absent"), flush=True)
+            rows += fresh
+    finally:  # a fault on a GPU ends the process's use of it; what was measured before stands
+        found = report.document(rows, ceilings, where, quick)
+        path = report.write(found, results)
     pictures = report.draw(found, results)
     print("\n".join(report.summary(found)))
     print(f"{path}, and {len(pictures)} pictures" if pictures else f"{path}; no pictures: matplotlib is not installed")

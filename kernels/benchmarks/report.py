@@ -135,8 +135,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def describe_versions() -> dict[str, str]:
     """Of Python, CUDA, torch, triton and the peers."""
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
-    for name in _PACKAGES:
+    return {"python": platform.python_version(), "cuda": torch.version.cuda or "none", **versions_of(_PACKAGES)}
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Of installed distributions; `not installed` for the others."""
+    found = {}
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

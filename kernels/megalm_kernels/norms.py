@@ -396,13 +396,19 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, 
     return _norm(norm_forward_reference, True, x, weight, bias, eps, **features)
 
 
+def _check_kernel_dtypes(operation: str, x: Tensor, residual: Tensor | None) -> None:
+    check_dtype(operation, "x", x, _KERNEL_DTYPES)
+    if residual is not None:
+        check_dtype(operation, "residual", residual, _KERNEL_DTYPES)
+
+
 def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *features: Any) -> Result:
-    check_dtype("rms_norm with Triton", "x", x, _KERNEL_DTYPES)
+    _check_kernel_dtypes("rms_norm with Triton", x, features[0])
     return _norm(norm_forward, False, x, weight, None, eps, *features)
 
 
 def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *features: Any) -> Result:
-    check_dtype("layer_norm with Triton", "x", x, _KERNEL_DTYPES)
+    _check_kernel_dtypes("layer_norm with Triton", x, features[0])
     return _norm(norm_forward, True, x, weight, bias, eps, *features)
 
 

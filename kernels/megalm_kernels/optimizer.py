@@ -97,6 +97,8 @@ class FusedAdamW(torch.optim.Optimizer):
             state["step"] += found_inf.reshape(()) == 0
         step = state["step"]
         on_device = self.defaults["capturable"] or step.device.type != "cpu"
+        if not on_device and parameter.is_cuda and torch.cuda.is_current_stream_capturing():  # it would repeat this step for ever
+            raise refuse(_NAME, "capturable", False, "True in a CUDA graph")
         target, grad = parameter.contiguous(), parameter.grad.contiguous()
         beta1, beta2 = group["betas"]
         fused_adam(

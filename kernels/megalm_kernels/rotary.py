@@ -63,7 +63,7 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Non
 
 
 def _check_writable(x: Tensor) -> None:
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():  # which cannot trace _is_view
         of = x._base if x._is_view() else x
         if of is not None and of.is_leaf:
             wanted = "not a leaf that requires a gradient, nor a view of one"

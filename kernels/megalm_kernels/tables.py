@@ -87,7 +87,7 @@ for _name, _stages, _warps in (("16", 3, 8), ("32", 2, 8), ("16_dropout", 3, 16)
                 dict(ROWS=1 if _stages == 1 else 2, BLOCK=2048, STAGES=_stages, PROGRAMS=2, num_warps=min(_warps, 8 * _stages)),
             ),
             Row(4096, dict(ROWS=1, BLOCK=4096, STAGES=_stages, PROGRAMS=2, num_warps=_warps)),
-            Row(8192, dict(ROWS=1, BLOCK=8192, STAGES=_stages, PROGRAMS=1, num_warps=16)),
+            Row(8192, dict(ROWS=1, BLOCK=8192, STAGES=min(_stages, 2), PROGRAMS=1, num_warps=16)),
             Row(0, dict(ROWS=1, BLOCK=4096 if _name[:2] == "16" else 2048, STAGES=3, PROGRAMS=2, num_warps=_warps)),
         ],
     )

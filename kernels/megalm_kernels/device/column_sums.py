@@ -11,7 +11,7 @@ from megalm_kernels.launch import arch_of, launch
 from megalm_kernels.tables import lookup
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # the programs of a GPU: no kernel of its own for each count
 def _column_sums(PARTIALS, Y, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of the columns of PARTIALS (rows, columns), always in the same order."""
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

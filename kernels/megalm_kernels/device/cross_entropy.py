@@ -293,4 +293,5 @@ def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
         for dtype in (torch.bfloat16, torch.float32):
             label = f"cross_entropy {width} {str(dtype).removeprefix('torch.')}"
             yield label, case(width, dtype, 0, 0.0, 0.0), {"LDG.128"}
+            yield f"{label}, smoothed", case(width, dtype, 0, 0.1, 0.0), {"LDG.128"}
             yield f"{label}, padded, smoothed, capped", case(width, dtype, 7, 0.1, 30.0), {"LDG.128"}

@@ -367,9 +367,10 @@ def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
         label = f"{str(dtype)[6:]} {width}"
         yield f"rms_norm {label}", partial(_specimen, dtype, width, False, False, False), claims
         yield f"layer_norm {label} residual, dropout, zero-centred", partial(_specimen, dtype, width, True, True, True), claims
-        if 4096 <= width <= 16384:
+        if width >= 1024:
             yield f"rms_norm {label} residual", partial(_specimen, dtype, width, False, True, False), claims
             yield f"layer_norm {label}", partial(_specimen, dtype, width, True, False, False), claims
+            yield f"layer_norm {label} residual", partial(_specimen, dtype, width, True, True, False), claims
 
 
 def _specimen(dtype: torch.dtype, width: int, centred: bool, with_residual: bool, drop: bool) -> None:

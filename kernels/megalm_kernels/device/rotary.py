@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 import torch
 import triton
@@ -151,17 +152,28 @@ def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
     """Every row of the table, with and without each feature."""
     claims = {"LDG.128", "STG.128"}
     for dtype in (torch.bfloat16, torch.float32):
-        for channels in (64, 128, 256, 512):
+        for channels in (256, 512):
             yield f"rotary {dtype} D{channels}", partial(_specimen, dtype, channels, channels), claims
-        yield f"rotary {dtype} interleaved", partial(_specimen, dtype, 128, 128, interleaved=True), claims
+        for channels, heads, inverse in product((64, 128), (32, 8), (False, True)):  # q, k and their gradients
+            label = f"rotary {dtype} D{channels} of {heads} heads{' backward' * inverse}"
+            yield label, partial(_specimen, dtype, channels, channels, heads, inverse=inverse), claims
+        for inverse in (False, True):
+            label = f"rotary {dtype} interleaved{' backward' * inverse}"
+            yield label, partial(_specimen, dtype, 128, 128, interleaved=True, inverse=inverse), claims
         yield f"rotary {dtype} partial, positions", partial(_specimen, dtype, 128, 64, positions=True), claims
         yield f"rotary {dtype} D80 backward", partial(_specimen, dtype, 80, 80, inverse=True), claims
 
 
 def _specimen(
-    dtype: torch.dtype, channels: int, turned: int, positions: bool = False, interleaved: bool = False, inverse: bool = False
+    dtype: torch.dtype,
+    channels: int,
+    turned: int,
+    heads: int = 32,
+    positions: bool = False,
+    interleaved: bool = False,
+    inverse: bool = False,
 ) -> Tensor:
-    x = torch.empty(2, 4096, 32, channels, dtype=dtype, device="meta")
+    x = torch.empty(2, 4096, heads, channels, dtype=dtype, device="meta")
     angles = torch.empty(4096, turned // 2, device="meta")
     places = torch.empty(2, 4096, dtype=torch.int64, device="meta") if positions else None
     return turn(x, angles, angles, places, interleaved, inverse)
