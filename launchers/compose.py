@@ -266,7 +266,7 @@ def _is_sound(override: Override, command: Command, loader: ConfigLoaderImpl, pr
         value = _text(override).partition("=")[2]
     names = [*sections, *loader.list_groups("")]
     problem, guess = unknown_key(key, value, names), suggest(key, names)
-    if isinstance(value, str) and loader.get_group_options(guess or "."):
+    if guess and isinstance(value, str) and loader.get_group_options(guess):
         problem = replace(problem, fix=assign(guess, value))
     problems.append(problem)
     return False

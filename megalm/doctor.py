@@ -26,7 +26,8 @@ _LEAST_DISK_GIB, _LEAST_SHM_GIB = 10, 1
 
 @dataclass(frozen=True)
 class Row:
-    """One finding. `missing`: megalm cannot work; `warn`: slower, or not everywhere. `mend`: a command or a setting."""
+    """One finding. `missing`: megalm cannot work; `warn`: slower, or not everywhere. `mend`: a command or a setting, which is
+    a hint where the state is ok."""
 
     name: str
     state: str  # ok | warn | missing
@@ -120,9 +121,7 @@ def _devices() -> Iterator[Row]:
 
 def _triton() -> Iterator[Row]:
     if importlib.util.find_spec("triton") is None:
-        yield Row(
-            "triton kernels", "warn", "triton is not installed: the plain torch kernels are used", "pip install triton"
-        )
+        yield Row("triton kernels", "warn", "triton is not installed: the plain torch kernels are used", "pip install triton")
         return
     import torch
 
@@ -138,7 +137,7 @@ def _apex() -> Iterator[Row]:
 
     apex = find_apex()
     if apex.state == "absent":
-        yield Row("apex", "ok", "absent (optional: megalm's own kernels do its work)")
+        yield Row("apex", "ok", "absent (optional: megalm's own kernels do its work)", apex.mend)
     else:
         yield Row("apex", "ok" if apex.state == "full" else "warn", apex.words, apex.mend)
 
@@ -169,13 +168,9 @@ def _nvme() -> Iterator[Row]:
 def _network() -> Iterator[Row]:
     up = [name for _, name in socket.if_nameindex() if _is_up(name)]
     chosen = {
-        name: os.environ[name]
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA")
-        if name in os.environ
+        name: os.environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA") if name in os.environ
     }
-    detail = f"interfaces up: {', '.join(up) or 'none'}" + "".join(
-        f"; {name}={value}" for name, value in chosen.items()
-    )
+    detail = f"interfaces up: {', '.join(up) or 'none'}" + "".join(f"; {name}={value}" for name, value in chosen.items())
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         wanted = chosen.get(name, "").lstrip("^=").split(",")
         if any(part and not any(real.startswith(part) for real in up) for part in wanted):

@@ -1,9 +1,9 @@
-"""Collect what tools/gpu_round.sh measured into one JSON file and a table: `python tools/gpu_report.py OUT [--commit COMMIT]`.
+"""Collect what tools/gpu_round.sh measured into one JSON file and a table: `python tools/gpu_report.py OUT`.
 
 Reads what the steps left in OUT; writes OUT/results/GPU/DATE.json, DATE.md beside it and the pictures in DATE/. The JSON holds
-`machine`, `versions` and `ceilings` of the first benchmark, `date`, `commit`, `steps` ({name: ok, failed, not run}), `tests`,
-`cache`, `parity`, `step` as their tools wrote them (null: not run), and `rows`, those of all benchmarks (their schema:
-kernels/benchmarks/report.py). exit 1: nothing was measured.
+`machine`, `versions` and `ceilings` of the first benchmark, `date`, `commit`, `steps` ({name: ok, failed}, of those that were
+run), `tests` ({step: counts}), `cache`, `parity`, `step` as their tools wrote them (null: not run), and `rows`, those of all
+benchmarks (their schema: kernels/benchmarks/report.py). exit 1: nothing was measured.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from megalm_kernels.benchmarks.report import describe_commit
 ONES = ("cache", "parity", "step")
 
 
-def read_tests(file: Path) -> dict[str, int] | None:
-    """Counts of pytest's own report."""
-    if not file.is_file():
-        return None
-    suite = next(ET.parse(file).getroot().iter("testsuite"))
-    return {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
+def read_tests(out: Path) -> dict[str, dict[str, int]] | None:
+    """Counts of pytest's own reports, by step."""
+    suites = {file.stem: next(ET.parse(file).getroot().iter("testsuite")) for file in sorted(out.glob("tests-*.xml"))}
+    counted = ("tests", "failures", "errors", "skipped")
+    return {step: {name: int(suite.get(name, "0")) for name in counted} for step, suite in suites.items()} or None
 
 
 def read_states(out: Path) -> dict[str, str]:
@@ -51,7 +50,7 @@ def collect(out: Path, commit: str) -> dict[str, Any]:
         **{key: first[key] for key in ("label", "date", "machine", "versions", "ceilings")},
         "commit": commit,
         "steps": read_states(out),
-        "tests": read_tests(out / "tests.xml"),
+        "tests": read_tests(out),
         **parts,
         "absent": [gap for bench in benches for gap in bench["absent"]],
         "rows": list(latest.values()),
@@ -84,10 +83,11 @@ def table(found: dict[str, Any]) -> str:
 def _claims(found: dict[str, Any]) -> list[str]:
     tests, cache, parity, step = (found[name] for name in ("tests", "cache", "parity", "step"))
     lines = []
-    if tests:
-        lines.append("- tests: " + ", ".join(f"{count} {name}" for name, count in tests.items()))
+    for suite, counts in (tests or {}).items():
+        lines.append(f"- {suite}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     if cache:
-        lines.append(f"- cache: {cache['compiled']} kernels compiled before, {len(cache['missed'])} at the launch")
+        late = "nothing was launched" if cache["missed"] is None else f"{len(cache['missed'])} at the launch"
+        lines.append(f"- cache: {cache['compiled']} kernels compiled before, {late}")
     if parity:
         apart = parity["largest_relative_difference"]
         lines.append(f"- parity: {parity['problem'] or 'the same'}, largest relative difference {apart:.3g}")
@@ -121,10 +121,21 @@ def _cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def publish(files: list[Path], folder: Path) -> str:
+    """Copy the results to where they are committed. What was done, or why it could not be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        copies = [str(shutil.copy(file, folder)) for file in files]
+    except OSError as error:
+        return f"not in the checkout: {error}"
+    return f"to be committed: {' and '.join(copies)}"
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("out", type=Path)
     parser.add_argument("--commit", default="", help="default: of the checkout that this file lies in")
+    parser.add_argument("--publish", type=Path, metavar="FOLDER", help="put both files into FOLDER/GPU as well")
     options = parser.parse_args(arguments)
     try:
         found = collect(options.out, options.commit or describe_commit(Path(__file__).resolve().parent))
@@ -139,6 +150,8 @@ def main(arguments: list[str]) -> int:
     for picture in options.out.glob("bench-*/*.png"):
         shutil.copy(picture, folder / date)
     print(f"{folder}/{date}.json and .md: {len(found['rows'])} rows")
+    if options.publish:
+        print(publish([folder / f"{date}.json", folder / f"{date}.md"], options.publish / gpu))
     return 0
 
 

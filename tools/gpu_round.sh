@@ -9,11 +9,13 @@
 #   --dry-run       the smallest that a CPU can do of each step, in OUT/dry-run; shows that the round works, no more
 # Needs a plain CUDA image: Python 3.12 (or $PYTHON) with pip, torch 2.11, triton 3.6; no network. Libraries that are missing
 # are installed into $GPU_ROUND_SITE (default: OUT/site) and nowhere else. A step that fails may be run again: what is done
-# stays done. The last step writes OUT/results/GPU/DATE.json and DATE.md, and OUT/round.tar.gz with the logs.
+# stays done. The last step writes OUT/results/GPU/DATE.json and DATE.md, and OUT/round.tar.gz with the logs; in a git checkout
+# it also puts the two into benchmarks/results/GPU, where they are committed. $GPU_ROUND_COMMIT is the commit that the results
+# name (default: the checkout's; unknown in a copy without .git), $GPU_ROUND_LIMIT the seconds that a step may take (570).
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-STEPS=(install tests cache bench-norms bench-adam bench-pointwise bench-loss parity step collect)
+STEPS=(install tests-norms tests-rest cache bench-norms bench-adam bench-pointwise bench-loss parity step collect)
 LIMIT=${GPU_ROUND_LIMIT:-570} # seconds of a step
 PYTHON=${PYTHON:-python3}
 out=${GPU_ROUND_OUT:-$ROOT/runs/gpu_round} wheels=${GPU_ROUND_WHEELS:-} dry="" list="" all=""
@@ -27,20 +29,23 @@ fail() {
     exit 1
 }
 
+wrong() { (fail "$@") || exit 2; } # of arguments
+
 wanted=()
 while [ $# -gt 0 ]; do
     case $1 in
     --out | --wheels)
-        [ $# -gt 1 ] || fail "$1 wants a folder"
+        [ $# -gt 1 ] || wrong "$1 wants a folder"
         [ "$1" = --out ] && out=$2 || wheels=$2
         shift
         ;;
     --dry-run) dry=1 ;;
     --list) list=1 ;;
     --all) all=1 ;;
-    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+    -h | --help) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+    -*) wrong "unknown option $1" "bash tools/gpu_round.sh --help lists them" ;;
     *)
-        [[ " ${STEPS[*]} " == *" $1 "* ]] || fail "no step is called $1" "there are: ${STEPS[*]}"
+        [[ " ${STEPS[*]} " == *" $1 "* ]] || wrong "no step is called $1" "there are: ${STEPS[*]}"
         wanted+=("$1")
         ;;
     esac
@@ -48,18 +53,42 @@ while [ $# -gt 0 ]; do
 done
 again="bash tools/gpu_round.sh --out $out${dry:+ --dry-run}"
 [ -z "$dry" ] || out=$out/dry-run # what a CPU says must not stand beside what a GPU said
+states=$out/steps.txt # lines "STEP STATE", the last of a step counts
+
+state_of() {
+    local state=""
+    [ ! -e "$states" ] || state=$(sed -n "s/^$1 //p" "$states" | tail -n 1)
+    echo "${state:-not run}"
+}
+
+if [ -n "$list" ]; then # before any folder is made
+    for name in "${STEPS[@]}"; do printf '%-16s %s\n' "$name" "$(state_of "$name")"; done
+    exit 0
+fi
+
 mkdir -p "$out/logs" "$out/work"
 out=$(cd "$out" && pwd)
+states=$out/steps.txt
 wheels=${wheels:-$out/wheels}
 site=${GPU_ROUND_SITE:-$out/site}
-states=$out/steps.txt # lines "STEP STATE", the last of a step counts
 touch "$states"
 export PYTHONUNBUFFERED=1 PYTHONNOUSERSITE=1
 
-state_of() {
-    local state
-    state=$(sed -n "s/^$1 //p" "$states" | tail -n 1)
-    echo "${state:-not run}"
+is_checkout() {
+    local prefix
+    prefix=$(git -C "$ROOT" rev-parse --show-prefix 2>/dev/null) && [ -z "$prefix" ]
+}
+
+# The commit that is measured, with a + where files differ from it; the results of an earlier round are no difference.
+commit_here() {
+    local found=unknown changed
+    if [ -n "${GPU_ROUND_COMMIT:-}" ]; then
+        found=$GPU_ROUND_COMMIT
+    elif is_checkout && found=$(git -C "$ROOT" rev-parse --verify --quiet HEAD || echo unknown); then
+        changed=$(git -C "$ROOT" status --porcelain -- ':(top,exclude)benchmarks/results')
+        found+=${changed:++}
+    fi
+    echo "$found"
 }
 
 # A command of a step: from a folder that holds no Python, so that only $site and the machine's own packages are seen.
@@ -108,16 +137,20 @@ PYTHON
     mv "$site/starting" "$site/installed" # as old as the copy, and only now that it works
 }
 
-# From the checkout, whose tests they are.
-step_tests() {
-    local options=(-p no:cacheprovider -q --rootdir "$ROOT" -c "$ROOT/pyproject.toml" "$ROOT/tests/kernels/device")
+# From the checkout, whose tests they are. name: of the step and of pytest's report; then files, folders, options.
+device_tests() {
+    local name=$1 options=(-p no:cacheprovider -q --rootdir "$ROOT" -c "$ROOT/pyproject.toml" "${@:2}")
     if [ -n "$dry" ]; then
         TRITON_INTERPRET=1 limited "$PYTHON" -m pytest "${options[@]}" -q --collect-only
         echo "running them needs a GPU"
         return
     fi
-    limited "$PYTHON" -m pytest "${options[@]}" -m gpu --durations=5 --junitxml "$out/tests.xml"
+    rm -f "$out/$name.xml" # else that of an earlier run stands where this one is stopped
+    limited "$PYTHON" -m pytest "${options[@]}" -m gpu --durations=5 --junitxml "$out/$name.xml"
 }
+SLOW=("$ROOT"/tests/kernels/device/test_{norms,cross_entropy,linear_cross_entropy}.py) # each file is in one of the two steps
+step_tests-norms() { device_tests tests-norms "${SLOW[@]}"; }
+step_tests-rest() { device_tests tests-rest "$ROOT/tests/kernels/device" "${SLOW[@]/#/--ignore=}"; }
 
 step_cache() { limited "$PYTHON" "$ROOT/tools/gpu_cache.py" ${dry:+--dry-run} --json "$out/cache.json"; }
 
@@ -125,7 +158,7 @@ bench() {
     local name=$1 device=cuda
     shift
     [ -z "$dry" ] || device=cpu
-    limited "$PYTHON" -m megalm_kernels.benchmarks "$@" --device $device --results "$out/bench-$name"
+    limited "$PYTHON" -m megalm_kernels.benchmarks "$@" --device $device --results "$out/bench-$name" --commit "$(commit_here)"
 }
 step_bench-norms() { bench norms rms_norm layer_norm; }
 step_bench-adam() { bench adam fused_adam l2_norm; }
@@ -145,7 +178,13 @@ step_step() {
 }
 
 step_collect() {
-    limited "$PYTHON" "$ROOT/tools/gpu_report.py" "$out" ${GPU_ROUND_COMMIT:+--commit "$GPU_ROUND_COMMIT"}
+    local publish=()
+    if [ -z "$dry" ] && is_checkout && [ -w "$ROOT" ]; then
+        publish=(--publish "$ROOT/benchmarks/results")
+    elif [ -z "$dry" ]; then
+        echo "$ROOT is no git checkout that can be written: the results stay in $out/results"
+    fi
+    limited "$PYTHON" "$ROOT/tools/gpu_report.py" "$out" --commit "$(commit_here)" "${publish[@]}"
     (cd "$out" && tar -czf round.tar.gz results logs steps.txt)
     echo "$out/round.tar.gz"
 }
@@ -175,10 +214,6 @@ run_step() {
     fail "$name failed (exit $code)" "its output: $out/logs/$name.log" "to run it again: $again $name"
 }
 
-if [ -n "$list" ]; then
-    for name in "${STEPS[@]}"; do printf '%-16s %s\n' "$name" "$(state_of "$name")"; done
-    exit 0
-fi
 if [ ${#wanted[@]} -eq 0 ]; then
     for name in "${STEPS[@]}"; do
         [ "$(state_of "$name")" != ok ] || continue

@@ -3,11 +3,25 @@
 #   bash tools/gpu_wheels.sh FOLDER      for Python 3.12 on x86-64 Linux, under 64 MB in all
 # tools/gpu_round.sh installs from FOLDER what the machine lacks. Without dependencies: each is named here, in the version
 # that fits the others. DeepSpeed and antlr are sources on the index: they are built here, DeepSpeed without its kernels.
+# Makes or uses the environment that tools/env.sh describes. exit 2: wrong arguments, and nothing was made.
 set -euo pipefail
 # shellcheck source=tools/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-[ $# -eq 1 ] || fail "usage: bash tools/gpu_wheels.sh FOLDER"
+wrong() { (fail "$1" "usage: bash tools/gpu_wheels.sh FOLDER") || exit 2; }
+
+for argument in "$@"; do
+    case $argument in
+    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+    -*) wrong "unknown option $argument" ;;
+    esac
+done
+[ $# -eq 1 ] || wrong "one folder is wanted, not $#"
+[ -n "$1" ] || wrong "the name of the folder is empty"
+[ ! -e "$1" ] || [ -d "$1" ] || wrong "$1 is no folder"
+old=$(compgen -G "$1/*.whl" || true)
+[ -z "$old" ] || fail "$1 already holds wheels, and two versions of one would stop the install" "use an empty folder"
+
 use_environment run
 LIMIT_MB=64
 WHEELS=(
@@ -26,8 +40,6 @@ platforms+=(--platform manylinux2014_x86_64 --platform manylinux2010_x86_64 --pl
 
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
-old=$(compgen -G "$folder/*.whl" || true)
-[ -z "$old" ] || fail "$folder already holds wheels, and two versions of one would stop the install" "use an empty folder"
 
 say "collecting ${#WHEELS[@]} wheels for Python 3.12"
 "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \

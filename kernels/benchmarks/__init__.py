@@ -6,6 +6,7 @@ One file per kernel file lists its cases; harness.py measures them and report.py
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -46,14 +47,19 @@ def run(
     quick: bool = False,
     results: Path = Path("runs/kernels"),
     peers: Sequence[str] = (),
+    commit: str = "",
 ) -> int:
-    """Measure, print a table, write the JSON file and the pictures. 1: ours failed, or anything on a CPU; 0: else.
+    """Measure, print a table, write the JSON file and the pictures.
 
+    Returns 1 if ours failed, or anything on a CPU, or nothing was measured; 2 without the GPU that was asked for; else 0.
     device: auto, cuda or cpu (tiny sizes and no GPU kernels: shows that the benchmark works, says nothing about speed).
-    peers: names of providers beside ours, empty: all that are installed. Raises ValueError for an unknown operation.
+    peers: names of providers beside ours, empty: all that are installed. commit: what the file says; empty: the checkout's.
+    Raises ValueError for an unknown operation.
     """
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = kind == "cuda"
+    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        print(f"error: device {device}: torch sees no GPU here", file=sys.stderr)
+        return 2
     where = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     cases = list(find_cases(ops, "tiny" if not on_gpu else "quick" if quick else "full"))
     if not on_gpu:
@@ -61,17 +67,32 @@ def run(
     stopwatch = Stopwatch(where, 0.002 if not on_gpu else 0.08 if quick else 0.25)
     ceilings = measure_ceilings(stopwatch)
     print(report.headline())
-    rows: list[report.Row] = []
+    about = report.circumstances(ceilings, where, quick, commit)  # now: the GPU may be lost later
+    rows = _unknown(peers, cases)
     try:
         for case in cases:
-            fresh = report.complete(list(measure(case, stopwatch, peers)), ceilings)
-            print("\n".join(report.line(row) for row in fresh if row.status != "absent"), flush=True)
-            rows += fresh
+            begin = len(rows)
+            for row in measure(case, stopwatch, peers):
+                rows.append(row)  # one by one: the case may end in the middle
+            for row in report.complete(rows[begin:], ceilings):
+                if row.status != "absent":
+                    print(report.line(row), flush=True)
     finally:  # a fault on a GPU ends the process's use of it; what was measured before stands
-        found = report.document(rows, ceilings, where, quick)
-        path = report.write(found, results)
-    pictures = report.draw(found, results)
-    print("\n".join(report.summary(found)))
-    print(f"{path}, and {len(pictures)} pictures" if pictures else f"{path}; no pictures: matplotlib is not installed")
+        found = {**about, **report.results(rows, ceilings)}
+        print("\n".join(report.summary(found)))
+        if found["rows"]:
+            print(report.write(found, results), flush=True)
+    if not found["rows"]:
+        return 1
+    print(report.describe_pictures(report.draw(found, results), results))
     failed = {row.provider for row in rows if row.status == "failed"}
     return 1 if failed & {OURS, EXACT} or (failed and not on_gpu) else 0  # a peer's failure is a result, and in the table
+
+
+def _unknown(peers: Sequence[str], cases: Sequence[Case]) -> list[report.Row]:
+    """Rows for the names that are no provider of any of these cases."""
+    known = {OURS, *(provider.name for case in cases for provider in case.providers)}
+    why = "no provider of these operations"
+    operations = dict.fromkeys(case.operation for case in cases)
+    missing = [(operation, name) for name in peers if name not in known for operation in operations]
+    return [report.Row(operation, "", "", name, "", "", 0, 0, "absent", why) for operation, name in missing]

@@ -16,10 +16,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few sizes and repetitions")
     parser.add_argument("--results", type=Path, default=Path("runs/kernels"), metavar="FOLDER")
     parser.add_argument("--peers", nargs="*", default=[], metavar="NAME", help="default: all that are installed")
+    parser.add_argument("--commit", default="", help="what the results say; default: that of the checkout")
     options = parser.parse_args()
     if unknown := sorted(set(options.ops) - FILES.keys()):
         parser.error(f"no benchmark is called {unknown[0]}; there are {', '.join(FILES)}")
-    return run(options.ops, options.device, options.quick, options.results, options.peers)
+    return run(options.ops, options.device, options.quick, options.results, options.peers, options.commit)
 
 
 if __name__ == "__main__":

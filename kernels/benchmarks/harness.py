@@ -27,6 +27,7 @@ from megalm_kernels.benchmarks.report import Ceilings, Row
 OURS = "triton"
 EXACT = "fp64"  # stands for a provider where what all are compared with failed
 ON_CPU = ("torch", "reference")  # what a CPU runs: everything else is about GPUs
+NEEDS_GPU = "needs a GPU"
 _APEX = ("rms_norm", "layer_norm", "fused_adam")  # what there is of it
 _WARMUP, _FEWEST, _MOST = 3, 10, 200  # repetitions
 _FLUSH_BYTES = 2**30  # 0.25 ms at 4 TB/s: longer than a host needs to launch a forward or a backward
@@ -228,20 +229,25 @@ def measure(case: Case, stopwatch: Stopwatch, peers: Sequence[str] = ()) -> Iter
         row = Row(case.operation, case.shape, _name(case.dtype), EXACT, "forward", case.bound, work.bytes, work.flops)
         yield replace(row, status="failed", reason=str(error))
     for provider in case.providers:
-        wanted = provider.name != "reference" if on_gpu else provider.name in ON_CPU
-        if wanted and (not peers or provider.name in (OURS, *peers)):
-            yield from _measure_provider(case, provider, stopwatch, exact)
-            if on_gpu:
-                gc.collect()  # a graph may hold its tensors in a cycle
-                torch.cuda.empty_cache()
+        if (on_gpu and provider.name == "reference") or (peers and provider.name not in (OURS, *peers)):
+            continue
+        if not on_gpu and provider.name not in ON_CPU:
+            yield from (replace(row, status="absent", reason=NEEDS_GPU) for row in _blank(case, provider).values())
+            continue
+        yield from _measure_provider(case, provider, stopwatch, exact)
+        if on_gpu:
+            gc.collect()  # a graph may hold its tensors in a cycle
+            torch.cuda.empty_cache()
+
+
+def _blank(case: Case, provider: Provider) -> dict[str, Row]:
+    """A row per direction, without numbers."""
+    start = (case.operation, case.shape, _name(case.dtype), provider.name)
+    return {way: Row(*start, way, case.bound, work.bytes, work.flops) for way, work in case.work().items()}
 
 
 def _measure_provider(case: Case, provider: Provider, stopwatch: Stopwatch, exact: _Exact | None) -> Iterator[Row]:
-    dtype = _name(case.dtype)
-    rows = {
-        direction: Row(case.operation, case.shape, dtype, provider.name, direction, case.bound, work.bytes, work.flops)
-        for direction, work in case.work().items()
-    }
+    rows = _blank(case, provider)
     try:
         with dispatch.use("auto", stopwatch.device.type, **provider.choice):
             function = provider.load()

@@ -10,7 +10,7 @@ The JSON file is one object:
     quick       whether few sizes were measured
     ceilings    copy_gb_per_second (bytes read plus bytes written), gemm_tflops (bf16, random data), measured first, in the
                 same process; copy_bytes and gemm_size, of what
-    absent      [{operation, provider, reason}]: peers that could not be measured because they are not installed
+    absent      [{operation, provider, reason}]: who could not be measured, because not installed or without a GPU
     rows        one object per operation, shape, dtype, provider and direction:
         operation, shape, dtype, provider
         direction           forward; backward: alone; full: both, one after the other. Updates in place have forward only
@@ -103,18 +103,24 @@ def _complete(row: Row, rows: Sequence[Row], ceilings: Ceilings) -> Row:
     return replace(row, gb_per_second=rate, tflops=tflops, percent_of_ceiling=100 * share, ratio_to_best_peer=ratio)
 
 
-def document(rows: Iterable[Row], ceilings: Ceilings, device: torch.device, quick: bool) -> dict[str, Any]:
-    """All that goes into the JSON file."""
-    found = list(rows)
-    absent = {(row.operation, row.provider): row.reason for row in found if row.status == "absent"}
+def circumstances(ceilings: Ceilings, device: torch.device, quick: bool, commit: str = "") -> dict[str, Any]:
+    """What goes into the JSON file before the first row. commit: empty: that of the checkout."""
     return {
         "label": CPU_LABEL if device.type == "cpu" else "",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": describe_commit(Path(__file__).resolve().parent),
+        "commit": commit or describe_commit(Path(__file__).resolve().parent),
         "machine": describe_machine(device),
         "versions": describe_versions(),
         "quick": quick,
         "ceilings": asdict(ceilings),
+    }
+
+
+def results(rows: Iterable[Row], ceilings: Ceilings) -> dict[str, Any]:
+    """What goes into the JSON file at the end."""
+    found = list(rows)
+    absent = {(row.operation, row.provider): row.reason for row in found if row.status == "absent"}
+    return {
         "absent": [{"operation": key[0], "provider": key[1], "reason": why} for key, why in absent.items()],
         "rows": [asdict(row) for row in complete([row for row in found if row.status != "absent"], ceilings)],
     }
@@ -193,13 +199,22 @@ def _number(value: float | None, form: str) -> str:
 def summary(found: dict[str, Any]) -> list[str]:
     """What stands below the table."""
     top, machine, rows = found["ceilings"], found["machine"], found["rows"]
+    failed = sum(row["status"] == "failed" for row in rows)
     lines = [
         f"{machine.get('gpu', machine['processor'])}; " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()),
         f"commit {found['commit']}; copy {top['copy_gb_per_second']:.0f} GB/s, matrix product {top['gemm_tflops']:.3g} TFLOP/s",
-        *sorted({f"absent: {gap['provider']}: {gap['reason']}" for gap in found["absent"]}),
-        f"{sum(row['status'] == 'failed' for row in rows)} of {len(rows)} measurements failed",
+        *_gaps(found["absent"]),
+        f"{failed} of {len(rows)} measurements failed" if rows else "nothing was measured",
     ]
     return [f"({found['label']})", *lines] if found["label"] else lines
+
+
+def _gaps(absent: Sequence[dict[str, str]]) -> list[str]:
+    """Who was not measured and why, in one line."""
+    why: dict[str, dict[str, None]] = {}  # in the order in which they were found
+    for gap in absent:
+        why.setdefault(gap["reason"], {})[gap["provider"]] = None
+    return ["absent: " + "; ".join(f"{', '.join(names)} ({reason})" for reason, names in why.items())] if why else []
 
 
 def write(found: dict[str, Any], folder: Path) -> Path:
@@ -213,23 +228,34 @@ def write(found: dict[str, Any], folder: Path) -> Path:
 def draw(found: dict[str, Any], folder: Path) -> list[Path]:
     """A picture per operation, FOLDER/OPERATION.png: a bar per provider and shape, the ceiling as a line.
 
-    Empty where matplotlib is not installed.
+    Empty where matplotlib is not installed; none of an operation that nobody could run.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if not _can_draw():
         return []
-    rows = [Row(**row) for row in found["rows"]]
+    rows = [row for row in (Row(**row) for row in found["rows"]) if row.status == "ok"]
     paths = []
     for operation in dict.fromkeys(row.operation for row in rows):
         path = folder / f"{operation}.png"
-        _draw(operation, [row for row in rows if row.operation == operation and row.status == "ok"], found, path)
+        _draw(operation, [row for row in rows if row.operation == operation], found, path)
         paths.append(path)
     return paths
+
+
+def describe_pictures(paths: Sequence[Path], folder: Path) -> str:
+    """What `draw` has drawn, or why nothing."""
+    if paths:
+        return f"{len(paths)} picture{'s' if len(paths) > 1 else ''} in {folder}"
+    return f"no pictures: {'no measurement succeeded' if _can_draw() else 'matplotlib is not installed'}"
+
+
+def _can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _draw(operation: str, rows: Sequence[Row], found: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    directions = list(dict.fromkeys(row.direction for row in rows)) or ["forward"]
+    directions = list(dict.fromkeys(row.direction for row in rows))
     providers = list(dict.fromkeys(row.provider for row in rows))
     flops = any(row.bound == "flops" for row in rows)
     ceiling = found["ceilings"]["gemm_tflops" if flops else "copy_gb_per_second"]

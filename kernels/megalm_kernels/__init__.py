@@ -7,7 +7,12 @@ from megalm_kernels.dispatch import Choice, Unavailable, choose, explain, use
 from megalm_kernels.flash_attention import flash_attention, flash_attention_reference
 from megalm_kernels.fused_adam import fused_adam, fused_adam_reference
 from megalm_kernels.l2_norm import l2_norm, l2_norm_reference
-from megalm_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from megalm_kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_gradient,
+    linear_cross_entropy_reference,
+    linear_cross_entropy_statistics,
+)
 from megalm_kernels.norms import LayerNorm, RMSNorm, layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
 from megalm_kernels.optimizer import FusedAdamW
 from megalm_kernels.rotary import rotary, rotary_reference
@@ -35,7 +40,9 @@ __all__ = [
     "l2_norm",
     "l2_norm_reference",
     "linear_cross_entropy",
+    "linear_cross_entropy_gradient",
     "linear_cross_entropy_reference",
+    "linear_cross_entropy_statistics",
     "FusedAdamW",
     "LayerNorm",
     "RMSNorm",

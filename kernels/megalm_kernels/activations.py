@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalm_kernels.arguments import check_device, check_dtype, check_shape, refuse
+from megalm_kernels.arguments import check_device, check_dtype, check_kernel_dtype, check_shape, refuse
 from megalm_kernels.dispatch import implementation, kernel_op, register, rows_of, triton_obstacle
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, element by element; gate, up (..., F) of one shape and dtype, which may be halves of one tensor."""
+    """silu(gate) * up, element by element; gate, up (..., F) of one shape and dtype, which may be halves of one tensor.
+
+    Raises ValueError; also for fp64 where Triton was chosen.
+    """
     _check_gated("swiglu", gate, up)
     return implementation("swiglu")(gate, up)
 
@@ -34,10 +37,13 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x + bias) with the tanh form. x (..., F), bias (F,), which may have another dtype; the result has x's."""
+    """gelu(x + bias) with the tanh form. x (..., F), bias (F,), which may have another dtype; the result has x's.
+
+    Raises ValueError; also for fp64 where Triton was chosen.
+    """
+    check_dtype("bias_gelu", "x", x)
     if x.dim() == 0:
         raise refuse("bias_gelu", "the shape of x", tuple(x.shape), "(..., F)")
-    check_dtype("bias_gelu", "x", x)
     check_dtype("bias_gelu", "bias", bias)
     check_shape("bias_gelu", "bias", bias, x.shape[-1:])
     check_device("bias_gelu", "bias", bias, x)
@@ -45,11 +51,11 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _check_gated(operation: str, gate: Tensor, up: Tensor) -> None:
+    check_dtype(operation, "gate", gate)
     if gate.dim() == 0:
         raise refuse(operation, "the shape of gate", tuple(gate.shape), "(..., F)")
-    check_dtype(operation, "gate", gate)
-    check_shape(operation, "up", up, gate.shape)
     check_dtype(operation, "up", up, (gate.dtype,))
+    check_shape(operation, "up", up, gate.shape)
     check_device(operation, "up", up, gate)
 
 
@@ -179,16 +185,19 @@ bias_gelu_op.register_autograd(_differentiate_bias_gelu, setup_context=_save_bia
 
 
 def _swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
-    return _swiglu_torch(gate, up) if gate.dtype == torch.float64 else gated_op(gate, up, False)
+    check_kernel_dtype("swiglu", "gate", gate)
+    return gated_op(gate, up, False)
 
 
 def _geglu_triton(gate: Tensor, up: Tensor) -> Tensor:
-    return _geglu_torch(gate, up) if gate.dtype == torch.float64 else gated_op(gate, up, True)
+    check_kernel_dtype("geglu", "gate", gate, configured=False)
+    return gated_op(gate, up, True)
 
 
 def _bias_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
-    wide = torch.float64 in (x.dtype, bias.dtype)  # kernels compute in fp32
-    return _bias_gelu_torch(x, bias) if wide else bias_gelu_op(x, bias)
+    check_kernel_dtype("bias_gelu", "x", x, configured=False)
+    check_kernel_dtype("bias_gelu", "bias", bias, configured=False)
+    return bias_gelu_op(x, bias)
 
 
 register("swiglu", "triton", _swiglu_triton, triton_obstacle)

@@ -45,12 +45,16 @@ class Apex:
             return f"{self.folder} is another package of that name (PyPI's web toolkit), not NVIDIA's"
         if self.state == "python only":
             return f"without its CUDA extensions (python only), at {self.folder}"
-        return "absent" if self.state == "absent" else f"with its CUDA extensions, at {self.folder}"
+        return "not installed" if self.state == "absent" else f"with its CUDA extensions, at {self.folder}"
 
     @property
     def mend(self) -> str:
-        """The command that installs the right one; empty where it is installed, or is not missed."""
-        commands = {"wrong package": f"pip uninstall apex  # NVIDIA's, if wanted: {BUILD}", "python only": BUILD}
+        """The command that installs the right one; empty where it is installed."""
+        commands = {
+            "absent": f"{BUILD}  # if wanted; PyPI's apex is another package",
+            "wrong package": f"pip uninstall apex  # NVIDIA's, if wanted: {BUILD}",
+            "python only": BUILD,
+        }
         return commands.get(self.state, "")
 
 
@@ -74,11 +78,11 @@ def _found() -> Apex:
 
 
 def apex_obstacle(device_type: str) -> str:
-    """Why apex's kernels cannot run on this kind of device; '' if they can."""
+    """Why apex's kernels cannot run on this kind of device, as words after "apex: "; '' if they can."""
     found = _found()
     if found.state != "full":
-        return f"apex is {found.words}" if found.state == "absent" else f"apex: {found.words}"
-    return "" if device_type == "cuda" else "apex runs on a GPU only"
+        return found.words
+    return "" if device_type == "cuda" else "runs on a GPU only"
 
 
 def _fused_adam_apex(

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 # Bytes of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, technical specifications).
-SHARED_LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# sm_86 and sm_89 use the block sizes of sm_80, and sm_120 those of sm_100, so these two must fit the smaller ones as well.
+SHARED_LIMITS = {80: 101376, 86: 101376, 89: 101376, 90: 232448, 100: 101376, 120: 101376}
 _ANY = range(0, 1000)
 _HOPPER_ON = range(90, 1000)
 

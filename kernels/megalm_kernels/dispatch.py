@@ -24,6 +24,7 @@ from torch.library import CustomOpDef, custom_op, infer_schema
 
 from megalm_kernels import compat
 
+BACKENDS = ("triton", "torch", "apex")
 PREFERENCE = ("triton", "torch")  # `auto` takes the first that is usable
 OLDEST_ARCH = 80
 
@@ -67,8 +68,13 @@ def choose(backend: str = "auto", device_type: str = "", operations: Mapping[str
 
     backend: for all of them, of which `operations` names exceptions ({"rms_norm": "apex"}; "auto" there: as `backend`).
     A backend that some operation does not have at all leaves that one on auto. device_type: cuda where there is a GPU.
+    Other names raise ValueError.
     """
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"the device type is {device_type!r}, wanted cpu or cuda")
+    for wish in {backend, *(operations or {}).values()} - {"auto", *BACKENDS}:
+        raise ValueError(f"no backend is called {wish}; there are auto, {', '.join(BACKENDS)}")
     named = {name: wish for name, wish in (operations or {}).items() if wish != "auto"}
     unknown = sorted(named.keys() - _registry.keys())
     if unknown:
@@ -80,11 +86,17 @@ def choose(backend: str = "auto", device_type: str = "", operations: Mapping[str
 
 
 @contextmanager
-def use(backend: str = "auto", device_type: str = "", **operations: str) -> Iterator[list[Choice]]:
-    """Another choice for the calls inside: `with use(rms_norm="torch"):`. Not for a forward: choose before it."""
+def use(backend: str = "", device_type: str = "", **operations: str) -> Iterator[list[Choice]]:
+    """Another choice for the calls inside, and the one before for those after: `with use(rms_norm="torch"):`.
+
+    Without `backend` what is not named stays as it was chosen. Not for a forward: choose before it.
+    """
     before = dict(_chosen)
     try:
-        yield choose(backend, device_type, operations)
+        choose(backend or "auto", device_type, operations)
+        if not backend:
+            _chosen.update({name: chosen for name, chosen in before.items() if name not in operations})
+        yield explain()
     finally:
         _chosen.clear()
         _chosen.update(before)
@@ -97,7 +109,8 @@ def _pick(operation: str, backend: str, device_type: str, by_name: bool) -> tupl
     for name in (backend,) if asked else PREFERENCE:
         obstacle = has[name].obstacle(device_type) if name in has else "has none"
         if not obstacle:
-            why = "asked for" if asked else "; ".join(passed_over) or "the fastest here"
+            best = "TRITON_INTERPRET=1, slowly" if name == "triton" and compat.interpreting() else "the fastest here"
+            why = "asked for" if asked else "; ".join(passed_over) or best
             return has[name].function, Choice(operation, name, why)
         passed_over.append(f"{name}: {obstacle}")
     raise Unavailable(operation, backend, device_type, f"{'; '.join(passed_over)} (it has {', '.join(sorted(has))})")
@@ -121,7 +134,7 @@ def triton_obstacle(device_type: str) -> str:
         return "triton is not installed"
     if compat.interpreting():
         return "" if device_type == "cpu" else "TRITON_INTERPRET=1 runs kernels on the CPU only"
-    if device_type != "cuda":
+    if device_type != "cuda" or not torch.cuda.is_available():
         return "no GPU"
     if torch.version.hip:
         return "an AMD GPU, which the kernels were never tried on"

@@ -17,13 +17,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from megalm_kernels.arguments import check_device, check_dtype, check_shape, refuse
+from megalm_kernels.arguments import (
+    check_device,
+    check_dtype,
+    check_integer,
+    check_not_negative,
+    check_probability,
+    check_shape,
+    kind_of,
+    refuse,
+)
 from megalm_kernels.dispatch import implementation, kernel_op, register, triton_obstacle
 from megalm_kernels.rounding import join_fp32, split_fp32, stochastic_round
 
@@ -46,15 +56,11 @@ def fused_adam(
     Raises ValueError for anything else.
     """
     _check(param, grad, exp_avg, exp_avg_sq, master, remainder, stochastic_seed)
-    scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
-    for name, scalar in scalars.items():
-        if isinstance(scalar, Tensor):
-            _check_scalar(name, scalar, param)
-    if isinstance(step, int) and step < 1:
-        raise refuse(_NAME, "step", step, "at least 1")
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0.0 <= beta < 1.0:
-            raise refuse(_NAME, name, beta, "at least 0 and less than 1")
+    _check_scalars(param, step, lr, grad_scale, found_inf)
+    check_probability(_NAME, "beta1", beta1)
+    check_probability(_NAME, "beta2", beta2)
+    check_not_negative(_NAME, "eps", eps)
+    check_not_negative(_NAME, "weight_decay", weight_decay)
     implementation(_NAME)(
         param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay,
         master, remainder, stochastic_seed, grad_scale, found_inf,
@@ -76,21 +82,41 @@ def _check(
     if master is not None:
         check_dtype(_NAME, "param (with master)", param, (torch.bfloat16, torch.float16))
     tensors = {"param": (param, _FLOATS), "grad": (grad, _FLOATS), "exp_avg": (exp_avg, _FP32), "exp_avg_sq": (exp_avg_sq, _FP32)}
-    for name, (x, dtypes) in {**tensors, "master": (master, _FP32), "remainder": (remainder, _INT16)}.items():
+    tensors |= {} if master is None else {"master": (master, _FP32)}
+    tensors |= {} if remainder is None else {"remainder": (remainder, _INT16)}
+    for name, (x, dtypes) in tensors.items():
+        check_dtype(_NAME, name, x, dtypes)
+        check_device(_NAME, name, x, param)
+        check_shape(_NAME, name, x, param.shape)
+        if not x.is_contiguous():
+            raise refuse(_NAME, name, f"a view with strides {x.stride()}", "contiguous")
+    if stochastic_seed is not None:
+        check_integer(_NAME, "stochastic_seed", stochastic_seed, bits=64)
+
+
+def _check_scalars(
+    param: Tensor, step: int | Tensor, lr: float | Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """Raises ValueError unless those that are on the device are one fp32 number there, and those of the host in range."""
+    on_device = {"grad_scale": grad_scale, "found_inf": found_inf}
+    if isinstance(step, Tensor):
+        on_device["step"] = step
+    elif not isinstance(step, (int, Integral)):
+        raise refuse(_NAME, "step", kind_of(step), "an int or a Tensor")
+    elif step < 1:
+        raise refuse(_NAME, "step", step, "at least 1")
+    if isinstance(lr, Tensor):
+        on_device["lr"] = lr
+    elif not isinstance(lr, (float, int, Real)):
+        raise refuse(_NAME, "lr", kind_of(lr), "a number or a Tensor")
+    else:
+        check_not_negative(_NAME, "lr", lr)
+    for name, x in on_device.items():
         if x is not None:
+            check_dtype(_NAME, name, x, _FP32)
+            if x.numel() != 1:
+                raise refuse(_NAME, f"the shape of {name}", tuple(x.shape), "one element")
             check_device(_NAME, name, x, param)
-            check_dtype(_NAME, name, x, dtypes)
-            check_shape(_NAME, name, x, param.shape)
-            if not x.is_contiguous():
-                raise refuse(_NAME, name, f"a view with strides {x.stride()}", "contiguous")
-
-
-def _check_scalar(name: str, x: Tensor, param: Tensor) -> None:
-    """Raises ValueError unless x is one fp32 number beside param."""
-    check_dtype(_NAME, name, x, _FP32)
-    if x.numel() != 1:
-        raise refuse(_NAME, f"the shape of {name}", tuple(x.shape), "one element")
-    check_device(_NAME, name, x, param)
 
 
 def fused_adam_reference(
@@ -171,8 +197,13 @@ def _fused_adam_triton(
     _fused_adam_op(
         param, grad, exp_avg, exp_avg_sq, master, remainder, steps, rates, grad_scale, found_inf,
         0 if isinstance(step, Tensor) else step, 0.0 if isinstance(lr, Tensor) else lr,
-        beta1, beta2, eps, weight_decay, stochastic_seed,
+        beta1, beta2, eps, weight_decay, _signed(stochastic_seed),
     )  # fmt: skip
+
+
+def _signed(seed: int | None) -> int | None:
+    """64 bits as the int64 that operators of torch take."""
+    return seed if seed is None or seed < 1 << 63 else seed - (1 << 64)
 
 
 register(_NAME, "torch", _fused_adam_torch)

@@ -19,11 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalm_kernels.arguments import check_device, check_dtype, check_probability, check_shape, refuse
+from megalm_kernels.arguments import (
+    check_device,
+    check_dtype,
+    check_integer,
+    check_kernel_dtype,
+    check_not_negative,
+    check_probability,
+    check_shape,
+    refuse,
+)
 from megalm_kernels.dispatch import implementation, kernel_op, register, rows_of, triton_obstacle
 
 RESOLUTION = 24  # bits of the uniform number that dropout compares with its probability
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Result = Tensor | tuple[Tensor, Tensor]
 
 
@@ -41,9 +49,10 @@ def rms_norm(
     """Root mean square norm. x (..., E), weight (E,) -> y in x's shape and dtype; with `residual`, (y, h).
 
     residual: (..., E) as x, any float dtype, which h has too. dropout: probability with which an element of x becomes 0.
-    rows: (T,) int64, ids of the T rows of x (default 0 .. T-1) that with `seed` decide the mask. Raises ValueError.
+    rows: (T,) int64, ids of the T rows of x (default 0 .. T-1) that with `seed` decide the mask. Raises ValueError; also for
+    fp64 where Triton was chosen.
     """
-    _check("rms_norm", x, weight, None, residual, dropout, seed, rows)
+    _check("rms_norm", x, weight, None, eps, residual, dropout, seed, rows)
     return implementation("rms_norm")(x, weight, eps, residual, zero_centred, dropout, seed, rows)
 
 
@@ -60,33 +69,33 @@ def layer_norm(
     rows: Tensor | None = None,
 ) -> Result:
     """Layer norm. bias (E,) of weight's dtype; the rest as for `rms_norm`."""
-    _check("layer_norm", x, weight, bias, residual, dropout, seed, rows)
+    _check("layer_norm", x, weight, bias, eps, residual, dropout, seed, rows)
     return implementation("layer_norm")(x, weight, bias, eps, residual, zero_centred, dropout, seed, rows)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm with a learned scale. x (..., E)."""
+    """Root mean square norm with a learned scale. x (..., E). zero_centred: the scale is 1 + weight, which begins at 0."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float = 1e-5, *, zero_centred: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size) if zero_centred else torch.ones(size))
+        self.eps, self.zero_centred = eps, zero_centred
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)  # type: ignore[return-value]
+        return rms_norm(x, self.weight, self.eps, zero_centred=self.zero_centred)  # type: ignore[return-value]
 
 
 class LayerNorm(nn.Module):
-    """Layer norm with a learned scale and bias. x (..., E)."""
+    """Layer norm with a learned scale and bias. x (..., E). zero_centred: the scale is 1 + weight, which begins at 0."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float = 1e-5, *, zero_centred: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.zeros(size) if zero_centred else torch.ones(size))
         self.bias = nn.Parameter(torch.zeros(size))
-        self.eps = eps
+        self.eps, self.zero_centred = eps, zero_centred
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)  # type: ignore[return-value]
+        return layer_norm(x, self.weight, self.bias, self.eps, zero_centred=self.zero_centred)  # type: ignore[return-value]
 
 
 def _check(
@@ -94,14 +103,15 @@ def _check(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    eps: float,
     residual: Tensor | None,
     dropout: float,
     seed: int,
     rows: Tensor | None,
 ) -> None:
+    check_dtype(operation, "x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise refuse(operation, "the shape of x", tuple(x.shape), "(..., E) with E at least 1")
-    check_dtype(operation, "x", x)
     check_dtype(operation, "weight", weight)
     check_shape(operation, "weight", weight, x.shape[-1:])
     check_device(operation, "weight", weight, x)
@@ -117,9 +127,9 @@ def _check(
         check_dtype(operation, "rows", rows, (torch.int64,))
         check_shape(operation, "rows", rows, (x.shape[:-1].numel(),))
         check_device(operation, "rows", rows, x)
+    check_not_negative(operation, "eps", eps)
     check_probability(operation, "dropout", dropout)
-    if not 0 <= seed < 2**62:
-        raise refuse(operation, "seed", seed, "at least 0 and less than 2**62")
+    check_integer(operation, "seed", seed, bits=62)
 
 
 # The dropout mask. device/norms.py has the same in Triton.
@@ -396,19 +406,21 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, 
     return _norm(norm_forward_reference, True, x, weight, bias, eps, **features)
 
 
-def _check_kernel_dtypes(operation: str, x: Tensor, residual: Tensor | None) -> None:
-    check_dtype(operation, "x", x, _KERNEL_DTYPES)
+def _check_kernel_dtypes(operation: str, x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    """Not the bias, which has weight's."""
+    check_kernel_dtype(operation, "x", x)
+    check_kernel_dtype(operation, "weight", weight)
     if residual is not None:
-        check_dtype(operation, "residual", residual, _KERNEL_DTYPES)
+        check_kernel_dtype(operation, "residual", residual)
 
 
 def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *features: Any) -> Result:
-    _check_kernel_dtypes("rms_norm with Triton", x, features[0])
+    _check_kernel_dtypes("rms_norm", x, weight, features[0])
     return _norm(norm_forward, False, x, weight, None, eps, *features)
 
 
 def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *features: Any) -> Result:
-    _check_kernel_dtypes("layer_norm with Triton", x, features[0])
+    _check_kernel_dtypes("layer_norm", x, weight, features[0])
     return _norm(norm_forward, True, x, weight, bias, eps, *features)
 
 

@@ -8,19 +8,22 @@ and steps one group at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalm_kernels.arguments import refuse
+from megalm_kernels.arguments import check_dtype, check_integer, check_not_negative, kind_of, refuse
 from megalm_kernels.fused_adam import fused_adam
 from megalm_kernels.rounding import join_fp32, split_fp32
 
 MASTERS = ("none", "fp32", "remainder")
 _NAME = "FusedAdamW"
-_OPTIONS = ("master", "stochastic_rounding", "seed", "capturable")  # of this optimizer: not taken from a state_dict
+_OPTIONS = ("master", "stochastic_rounding", "seed", "capturable")  # of this optimizer: not of a group, nor of a state_dict
+_SETTINGS = ("lr", "betas", "eps", "weight_decay")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _STORED = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32, "master": torch.float32, "remainder": torch.int16}
 # What another optimizer's group may say that this one does not do, with the only value that it does.
@@ -32,10 +35,11 @@ class FusedAdamW(torch.optim.Optimizer):
 
     master: what a 16-bit parameter is rounded from: "none" (itself), "fp32" (a copy) or "remainder" (bf16 only: the 16 bits
     that bf16 lacks, which with the parameter are the fp32 number). stochastic_rounding: of bf16 parameters that have no master;
-    `seed` and the step pick the chance, so ranks with the same parameters round alike. capturable: the step count is kept on
-    the device, so that a CUDA graph of the step counts on; `lr` should then be a tensor on the device too, if it changes.
-    torch.amp.GradScaler's scale and its found_inf are applied in the same pass, and the count is then on the device too.
-    Raises ValueError for settings out of range.
+    `seed` (64 bits) and the step pick the chance, so ranks with the same parameters round alike; without any bf16 parameter it
+    warns. capturable: the step count is kept on the device, so that a CUDA graph of the step counts on; `lr` should then be a
+    tensor on the device too, if it changes. These four are of all groups, the other settings of each. torch.amp.GradScaler's
+    scale and its found_inf are applied in the same pass, and the count is then on the device too. Raises ValueError for settings
+    out of range, a dtype that has no step, and a group with another master, stochastic_rounding, seed or capturable.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to `step`
@@ -49,13 +53,32 @@ class FusedAdamW(torch.optim.Optimizer):
             raise refuse(_NAME, "master", master, " or ".join(MASTERS))
         if stochastic_rounding and master != "none":
             raise refuse(_NAME, "stochastic_rounding", f"True with master {master}", "master none: a master loses nothing")
-        for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
-            if not isinstance(value, Tensor) and not value >= 0.0:
-                raise refuse(_NAME, name, value, "at least 0")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise refuse(_NAME, "betas", betas, "at least 0 and less than 1")
+        check_integer(_NAME, "seed", seed, bits=64)
         options = dict(master=master, stochastic_rounding=stochastic_rounding, seed=seed, capturable=capturable)
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options))
+        settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        _check_settings(settings)
+        super().__init__(params, {**settings, **options})
+        if stochastic_rounding and not any(p.dtype == torch.bfloat16 for group in self.param_groups for p in group["params"]):
+            warnings.warn(f"{_NAME}: stochastic_rounding is True, but no parameter is bf16: it changes nothing", stacklevel=2)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Raises ValueError as the class says, and then the group is not added."""
+        for name in _OPTIONS:
+            value = self.defaults[name]
+            if isinstance(param_group, dict) and param_group.get(name, value) != value:
+                wanted = f"{value}, as for the whole optimizer: set it there"
+                raise refuse(_NAME, f"{name} of a param group", param_group[name], wanted)
+        super().add_param_group(param_group)
+        try:
+            _check_settings(self.param_groups[-1], " of a param group")
+            for i, parameter in enumerate(self.param_groups[-1]["params"]):
+                check_dtype(_NAME, f"parameter {i} of a param group", parameter, _FLOATS)
+                if self._master_of(parameter) == "remainder" and parameter.dtype != torch.bfloat16:
+                    wanted = "torch.bfloat16 (or torch.float32) with master remainder; master fp32 takes it"
+                    raise refuse(_NAME, f"the dtype of parameter {i} of a param group", parameter.dtype, wanted)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
     @torch.no_grad()
     def step(
@@ -106,7 +129,7 @@ class FusedAdamW(torch.optim.Optimizer):
             step=step if on_device else max(int(step), 1), lr=_on_host_or_beside(group["lr"], target),
             beta1=float(beta1), beta2=float(beta2), eps=group["eps"], weight_decay=group["weight_decay"],
             master=state.get("master"), remainder=state.get("remainder"),
-            stochastic_seed=self.defaults["seed"] + (index << 32) if by_chance else None,
+            stochastic_seed=(self.defaults["seed"] + (index << 32)) % 2**64 if by_chance else None,
             grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
         if target is not parameter:
@@ -143,14 +166,10 @@ class FusedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of this class, torch.optim.AdamW or apex's FusedAdam. Load the model's weights first: a master that is not in
-        `state_dict`, or is there in its other form, is made of them. Raises ValueError for what would be another algorithm."""
+        `state_dict`, or is there in its other form, is made of them. Raises ValueError, and changes nothing, for the state of
+        another algorithm or of parameters of another shape."""
         saved_groups = state_dict["param_groups"]
-        for group in saved_groups:
-            for name, only in _ONLY.items():
-                if name == "decoupled_weight_decay" and not group["weight_decay"]:
-                    continue  # torch.optim.Adam without decay is the same
-                if bool(group.get(name, only)) is not only:
-                    raise refuse(_NAME, f"{name} in the state_dict", group[name], only)
+        self._check_loaded(state_dict["state"], saved_groups)
         super().load_state_dict(state_dict)
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
             group.update({name: self.defaults[name] for name in _OPTIONS})
@@ -159,6 +178,26 @@ class FusedAdamW(torch.optim.Optimizer):
             for parameter, key in zip(group["params"], saved_group["params"], strict=True):
                 if state_dict["state"].get(key):
                     self.state[parameter] = self._adopt(parameter, {"step": steps, **state_dict["state"][key]})
+
+    def _check_loaded(self, states: dict[Any, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+        """Raises ValueError unless this is AdamW's state of these parameters. torch counts groups and parameters."""
+        index = 0
+        for ours, group in zip(self.param_groups, groups, strict=False):
+            of_all = {"step": group["step"]} if "step" in group else {}  # apex's
+            for parameter, key in zip(ours["params"], group["params"], strict=False):
+                if states.get(key):
+                    _check_state(index, {**of_all, **states[key]}, parameter)
+                index += 1
+        for group in groups:
+            for name in _SETTINGS:
+                if name not in group:
+                    raise refuse(_NAME, f"{name} of a group of the state_dict", "absent", f"AdamW's: {', '.join(_SETTINGS)}")
+            _check_settings(group, " in the state_dict")
+            for name, only in _ONLY.items():
+                if name == "decoupled_weight_decay" and not group["weight_decay"]:
+                    continue  # torch.optim.Adam without decay is the same
+                if bool(group.get(name, only)) is not only:
+                    raise refuse(_NAME, f"{name} in the state_dict", group[name], only)
 
     def _adopt(self, parameter: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
         """State from what was saved, in dtypes of its own: torch casts a loaded state to the dtype of the parameter."""
@@ -173,6 +212,32 @@ class FusedAdamW(torch.optim.Optimizer):
             high, state["remainder"] = split_fp32(saved["master"].to(parameter.device, torch.float32).contiguous())
             parameter.copy_(high)  # where the master lies between two, this one rounds away from zero
         return state
+
+
+def _check_settings(settings: dict[str, Any], where: str = "") -> None:
+    """Raises ValueError for what is out of range. A rate on a GPU is not looked at: the host would wait for it."""
+    rate = settings["lr"]
+    if not isinstance(rate, Tensor):
+        check_not_negative(_NAME, f"lr{where}", rate)
+    for name in ("eps", "weight_decay"):
+        check_not_negative(_NAME, f"{name}{where}", settings[name])
+    betas = settings["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise refuse(_NAME, f"betas{where}", betas, "two of at least 0 and less than 1")
+
+
+def _check_state(index: int, saved: dict[str, Any], parameter: Tensor) -> None:
+    """Raises ValueError unless `saved` is AdamW's state of the optimizer's parameter number `index`, and of its shape."""
+    where = f"of parameter {index} in the state_dict"
+    lacking = [name for name in (*_MOMENTS, "step") if name not in saved]
+    if lacking:
+        wanted = f"the state of AdamW (torch's, apex's or {_NAME}'s): {', '.join(_MOMENTS)} and step; it has {', '.join(saved)}"
+        raise refuse(_NAME, f"{' and '.join(lacking)} {where}", "absent", wanted)
+    for name in [name for name in _STORED if name in saved]:
+        if not isinstance(saved[name], Tensor):
+            raise refuse(_NAME, f"{name} {where}", kind_of(saved[name]), "a Tensor")
+        if saved[name].shape != parameter.shape:
+            raise refuse(_NAME, f"the shape of {name} {where}", tuple(saved[name].shape), f"{tuple(parameter.shape)}, as it has")
 
 
 def _on_host_or_beside(lr: float | Tensor, parameter: Tensor) -> float | Tensor:

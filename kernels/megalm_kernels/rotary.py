@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalm_kernels.arguments import FLOATS, check_device, check_dtype, check_shape, refuse
+from megalm_kernels.arguments import FLOATS, check_device, check_dtype, check_kernel_dtype, check_shape, refuse
 from megalm_kernels.dispatch import implementation, kernel_op, register, triton_obstacle
 
 _ANGLES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,7 +27,8 @@ def rotary(
     cos, sin: (P, R/2), R <= D, fp32 or bf16, one row per position; they get no gradient. positions: (S,), (B, S) or (T,)
     int64, the row for each token; default 0 .. S-1. One that has no row raises ValueError where that can be known without
     waiting for a GPU: by the number of rows, or if `positions` is on the CPU; on a GPU, its token becomes NaN.
-    inplace: write into x, and return it. Raises ValueError, also for a leaf that requires a gradient.
+    inplace: write into x, and return it. Raises ValueError; also for a leaf that requires a gradient, and for fp64
+    where Triton was chosen.
     """
     _check(x, cos, sin, positions)
     if inplace:
@@ -36,14 +37,15 @@ def rotary(
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    check_dtype("rotary", "x", x)
     if x.dim() not in (3, 4):
         raise refuse("rotary", "the shape of x", tuple(x.shape), "(B, S, H, D) or (T, H, D)")
-    check_dtype("rotary", "x", x)
+    for name, angles in (("cos", cos), ("sin", sin)):
+        check_dtype("rotary", name, angles, FLOATS if x.dtype == torch.float64 else _ANGLES)
     if cos.dim() != 2 or not 1 <= cos.shape[1] <= x.shape[-1] // 2:
         raise refuse("rotary", "the shape of cos", tuple(cos.shape), f"(P, R/2) with R from 2 to {x.shape[-1]}, as x has")
     check_shape("rotary", "sin", sin, cos.shape)
     for name, angles in (("cos", cos), ("sin", sin)):
-        check_dtype("rotary", name, angles, FLOATS if x.dtype == torch.float64 else _ANGLES)
         check_device("rotary", name, angles, x)
         if angles.requires_grad:
             raise refuse("rotary", name, "a tensor that requires a gradient", "fixed angles")
@@ -52,9 +54,9 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Non
         if cos.shape[0] < tokens:
             raise refuse("rotary", "the shape of cos", tuple(cos.shape), f"at least {tokens} rows, one per token")
         return
+    check_dtype("rotary", "positions", positions, (torch.int64,))
     if positions.shape != x.shape[-3:-2]:
         check_shape("rotary", "positions", positions, x.shape[:-2])
-    check_dtype("rotary", "positions", positions, (torch.int64,))
     check_device("rotary", "positions", positions, x)
     if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
         low, high = (int(value) for value in positions.aminmax())
@@ -152,8 +154,7 @@ class _InPlace(torch.autograd.Function):
 
 
 def _rotary_triton(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool) -> Tensor:
-    if x.dtype == torch.float64:  # kernels compute in fp32
-        return _rotary_torch(x, cos, sin, positions, interleaved, inplace)
+    check_kernel_dtype("rotary", "x", x)
     if not inplace:
         return rotary_op(x, cos, sin, positions, interleaved, False)
     if torch.is_grad_enabled() and x.requires_grad:

@@ -72,14 +72,19 @@ def _add(
     with capture(arch) as launches:
         call()
     for launch in launches:
-        args = [_kind(arg, i in launch.kernel.constexprs) for i, arg in enumerate(launch.args)]
-        key = (arch, launch.kernel, *args, *sorted((name, str(value)) for name, value in launch.meta.items()))
-        found.setdefault(key, Specimen(file, label, arch, launch)).claims.update(claims)
+        found.setdefault((arch, *identity(launch)), Specimen(file, label, arch, launch)).claims.update(claims)
 
 
-def _kind(arg: Any, constexpr: bool) -> object:
-    """What the JIT tells two arguments apart by."""
-    if constexpr or not isinstance(arg, int | float | Tensor):
+def identity(launch: Launch) -> tuple:
+    """What the JIT tells two launches apart by: where it is the same, the second compiles nothing."""
+    args = [_kind(arg, param) for arg, param in zip(launch.args, launch.kernel.params, strict=False)]
+    return (launch.kernel, *args, *sorted((name, str(value)) for name, value in launch.meta.items()))
+
+
+def _kind(arg: Any, param: Any) -> object:
+    if isinstance(arg, int) and not isinstance(arg, bool) and param.do_not_specialize:
+        return arg.bit_length() < 32
+    if param.is_constexpr or not isinstance(arg, int | float | Tensor):
         return repr(arg)
     if isinstance(arg, Tensor):
         return arg.dtype, Pointer(arg).data_ptr() % 16 == 0

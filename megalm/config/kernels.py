@@ -18,7 +18,7 @@ def _operation(allowed: tuple[str, ...]) -> Any:
 
 @dataclass
 class KernelsConfig:
-    """Which implementation of each hot operation runs; `megalm kernels explain` shows what that means on a machine."""
+    """Which implementation runs of each hot operation that training uses; `megalm kernels explain` shows what that means on a machine."""
 
     backend: str = knob(
         "auto", "of all operations; auto: triton on a GPU of sm_80 or newer, else torch; chosen once and reported", allowed=_APEX
@@ -26,11 +26,8 @@ class KernelsConfig:
     rms_norm: str = _operation(_APEX)
     layer_norm: str = _operation(_APEX)
     fused_adam: str = _operation(_APEX)
-    l2_norm: str = _operation(_TRITON)
     rotary: str = _operation(_TRITON)
     swiglu: str = _operation(_TRITON)
-    geglu: str = _operation(_TRITON)
-    bias_gelu: str = _operation(_TRITON)
     cross_entropy: str = _operation(_TRITON)
     flash_attention: str = _operation(_PLAIN)
     fuse_projections: bool = knob(False, "q, k and v in one matrix product, and gate and up; the parameters stay apart")
@@ -40,12 +37,7 @@ class KernelsConfig:
         others = ("backend", "fuse_projections")
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
 
-    def asks_for(self, name: str) -> list[str]:
-        """The keys that ask for implementation `name`."""
-        wishes = {"backend": self.backend, **self.operations()}
-        return [f"kernels.{key}" for key, wish in wishes.items() if wish == name]
 
-
-# The operations that run Triton kernels. The last has no choice of its own: it runs those of cross_entropy in chunks.
+# The operations that run Triton kernels. What training does not call follows `backend`; the last runs those of cross_entropy.
 _CHOSEN = tuple(f.name for f in fields(KernelsConfig) if f.name != "backend" and "triton" in f.metadata["allowed"])
-KERNELS = (*_CHOSEN, "linear_cross_entropy")
+KERNELS = (*_CHOSEN, "l2_norm", "geglu", "bias_gelu", "linear_cross_entropy")

@@ -84,7 +84,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
     if source is not None and _is_finished(config, source):
         return
     topology = build_topology(config.parallel, device, timedelta(seconds=config.cluster.timeout_seconds))
-    choices = choose_kernels(config.kernels, device.type)
+    used = config.kernels.operations()
+    choices = [choice for choice in choose_kernels(config.kernels, device.type) if choice.operation in used]
     _announce(config, topology, corpus, choices)
     job = build_job(config, topology, corpus, draw=source is None)
     fingerprint = corpus.fingerprint()

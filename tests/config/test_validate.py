@@ -75,6 +75,8 @@ BREAKS: dict[str, dict[str, Any]] = {
     "quantized_zero3": {"parallel.zero_quantized": True, "parallel.zero": 2},  # on a machine with GPUs
     "fuse_gathered": {"kernels.fuse_projections": True, "parallel.zero": 3},
     **{f"{name}_device": {f"kernels.{name}": "triton"} for name in kernel_rules.NAMES},
+    "layer_norm_used": {"kernels.layer_norm": "torch"},
+    **{f"{name}_used": {"model.architecture": "gpt", f"kernels.{name}": "torch"} for name in ("rms_norm", "rotary", "swiglu")},
     "quantized_gpu": {"parallel.zero_quantized": True, "parallel.zero": 3},
     "fp16_zero_device": {"train.precision": "fp16", "parallel.zero": 1},
     "loss_scale_used": {"train.loss_scale": 8.0},

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megalm_kernels import (
+    activations,
     bias_gelu,
     bias_gelu_reference,
     dispatch,
@@ -82,6 +85,8 @@ def test_gated_refuses(function) -> None:
         r"up is \(2, 5\), wanted \(2, 6\)": lambda: function(gate, up[:, :5]),
         "dtype of up is torch.bfloat16, wanted torch.float32": lambda: function(gate, up.bfloat16()),
         "device of up is meta": lambda: function(gate, up.to("meta")),
+        "gate is of type list, wanted a Tensor": lambda: function([1.0], up),
+        "up is None, wanted a Tensor": lambda: function(gate, None),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message) as error:
@@ -97,7 +102,27 @@ def test_bias_gelu_refuses() -> None:
         "dtype of bias is torch.int64": lambda: bias_gelu(x, bias.long()),
         r"bias is \(5,\), wanted \(6,\)": lambda: bias_gelu(x, bias[:5]),
         "device of bias is meta": lambda: bias_gelu(x, bias.to("meta")),
+        "x is of type list, wanted a Tensor": lambda: bias_gelu([1.0], bias),
+        "bias is None, wanted a Tensor": lambda: bias_gelu(x, None),
     }
     for message, call in wrong.items():
-        with pytest.raises(ValueError, match=f"^bias_gelu: the .*{message}"):
+        with pytest.raises(ValueError, match=f"^bias_gelu: .*{message}"):
             call()
+
+
+def test_the_kernels_refuse_fp64() -> None:
+    """With what to do; torch's operators take it."""
+    x, row = torch.randn(2, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    configured = 'kernels.swiglu=torch or use(swiglu="torch")'
+    wrong = [
+        (swiglu, activations._swiglu_triton, (x, x), "gate", configured),
+        (geglu, activations._geglu_triton, (x, x), "gate", 'use(geglu="torch")'),
+        (bias_gelu, activations._bias_gelu_triton, (x, row), "x", 'use(bias_gelu="torch")'),
+        (bias_gelu, activations._bias_gelu_triton, (x.float(), row), "bias", 'use(bias_gelu="torch")'),
+    ]
+    for public, kernel, args, name, remedy in wrong:
+        with dispatch.use("torch"):
+            public(*args)
+        message = f"{public.__name__} with Triton: the dtype of {name} is torch.float64, wanted "
+        with pytest.raises(ValueError, match=re.escape(message) + f".*others: {re.escape(remedy)}"):
+            kernel(*args)

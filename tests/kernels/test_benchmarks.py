@@ -14,6 +14,7 @@ import torch
 
 from megalm_kernels import dispatch
 from megalm_kernels.benchmarks import FILES, find_cases, report, run
+from megalm_kernels.benchmarks.__main__ import main
 from megalm_kernels.benchmarks.harness import Absent, Case, Provider, Stopwatch, Work, find, measure, quantiles
 from megalm_kernels.benchmarks.report import Ceilings, Row
 
@@ -122,7 +123,7 @@ def test_a_run_with_a_failure_ends_with_1(tmp_path, monkeypatch):
         raise ValueError("refused")
 
     case = toy(Provider("torch", lambda: refuse))
-    monkeypatch.setattr("megalm_kernels.benchmarks.find_cases", lambda ops, sizes: [case])
+    with_cases(monkeypatch, case)
     assert run(["toy"], "cpu", results=tmp_path) == 1
     found = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert {r["status"] for r in found["rows"]} == {"failed"}
@@ -151,7 +152,7 @@ def test_a_provider_that_overwrites_its_inputs_is_told_on():
 def test_a_peer_that_is_not_there_is_absent_and_not_failed(tmp_path):
     rows = measured(toy(Provider("torch", lambda: find("no_such_package.ops", "f"))))
     assert {(r.status, r.reason) for r in rows} == {("absent", "no_such_package is not installed")}
-    found = report.document(rows, CEILINGS, CPU, False)
+    found = report.results(rows, CEILINGS)
     assert found["absent"] == [{"operation": "toy", "provider": "torch", "reason": "no_such_package is not installed"}]
     assert found["rows"] == []
     with pytest.raises(Absent):
@@ -176,6 +177,67 @@ def test_only_the_peers_that_were_named_are_measured():
     case = toy(Provider("torch", lambda: lambda x: 2 * x), Provider("reference", lambda: lambda x: 2 * x))
     rows = list(measure(case, Stopwatch(CPU, 0.0), ["reference"]))
     assert {r.provider for r in rows} == {"reference"}
+
+
+def with_cases(monkeypatch: pytest.MonkeyPatch, *cases: Case) -> None:
+    monkeypatch.setattr("megalm_kernels.benchmarks.find_cases", lambda ops, sizes: iter(cases))
+
+
+def test_who_was_not_measured_is_said_in_one_line(everything):
+    (said,) = (line for line in everything[1].splitlines() if line.startswith("absent"))
+    assert re.fullmatch(r"absent: triton, .*liger.* \(needs a GPU\)", said)
+
+
+def test_a_run_that_measures_nothing_says_so_and_ends_with_1(tmp_path, monkeypatch, capsys):
+    gone = Provider("torch", lambda: find("no_such_package", "f"))
+    with_cases(monkeypatch, toy(gone, Provider("liger", lambda: torch.relu)))
+    assert run(["toy"], "cpu", results=tmp_path, peers=["torch", "liger", "lgier"]) == 1
+    out = capsys.readouterr().out
+    why = "lgier (no provider of these operations); torch (no_such_package is not installed); liger (needs a GPU)"
+    assert f"absent: {why}\nnothing was measured\n" in out
+    assert "picture" not in out and not list(tmp_path.iterdir())
+
+
+def test_what_is_said_of_pictures_is_true(tmp_path, monkeypatch, capsys):
+    good, bad = Provider("torch", lambda: lambda x: 2 * x), Provider("torch", lambda: lambda x: x * torch.nan)
+
+    def said(*cases: Case) -> str:
+        with_cases(monkeypatch, *cases)
+        run([], "cpu", results=tmp_path)
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert said(toy(good)) == f"1 picture in {tmp_path}"
+    assert said(toy(good), toy(good, operation="other"), toy(bad, operation="third")) == f"2 pictures in {tmp_path}"
+    assert said(toy(bad)) == "no pictures: no measurement succeeded"
+    monkeypatch.setattr(report, "_can_draw", lambda: False)
+    assert said(toy(good)) == "no pictures: matplotlib is not installed"
+
+
+def test_what_was_measured_before_the_end_is_written(tmp_path, monkeypatch):
+    """A fault that nothing can catch, in the middle of the second case."""
+
+    def fatal(x: torch.Tensor) -> None:
+        raise SystemExit("the GPU is lost")
+
+    good = Provider("torch", lambda: lambda x: 2 * x)
+    with_cases(monkeypatch, toy(good), toy(good, Provider("reference", lambda: fatal), operation="second"), toy(good))
+    with pytest.raises(SystemExit, match="the GPU is lost"):
+        run([], "cpu", results=tmp_path, commit="abc")
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())
+    assert [(r["operation"], r["provider"], r["status"]) for r in found["rows"]] == [
+        *[("toy", "torch", "ok")] * 3,
+        *[("second", "torch", "ok")] * 3,
+    ]
+    assert found["commit"] == "abc" and found["rows"][-1]["percent_of_ceiling"] > 0
+
+
+def test_no_gpu_where_one_is_asked_for_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "rotary", "--device", "cuda", "--results", str(tmp_path)])
+    assert main() == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: device cuda: torch sees no GPU here\n") and not list(tmp_path.iterdir())
 
 
 def test_an_unknown_operation_is_named():

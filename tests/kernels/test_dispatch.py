@@ -1,13 +1,15 @@
 """The choice of a kernel: made once, with a reason, and never silently another than asked for."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import megalm_kernels
-from megalm.config.kernels import KernelsConfig
+from megalm.config.kernels import KERNELS, KernelsConfig
 from megalm.errors import ConfigError
 from megalm.train.kernels import choose_kernels, describe
 from megalm_kernels import dispatch
@@ -63,6 +65,10 @@ def test_a_context_changes_the_choice_and_gives_it_back(registry):
         assert chosen(choices)["op"] == ("torch", "asked for")
         assert dispatch.implementation("op")() == "torch"
     assert dispatch.implementation("op")() == "triton"
+    dispatch.choose("torch", "cuda")
+    with dispatch.use(op="apex", device_type="cuda"), dispatch.use(plain="torch"):
+        assert dispatch.implementation("op")() == "apex", "what is not named stays as it was"
+    dispatch.choose("auto", "cuda")
     with pytest.raises(RuntimeError), dispatch.use("torch", "cuda"):
         raise RuntimeError
     assert dispatch.implementation("op")() == "triton"
@@ -89,11 +95,24 @@ def test_a_run_that_asks_for_the_impossible_gets_the_key_and_a_fix(registry):
     assert describe(dispatch.choose("torch", "cpu")) == "torch (asked for)"
 
 
-def test_the_configuration_knows_every_operation_and_its_implementations():
-    assert set(KernelsConfig().operations()) == set(dispatch._registry)
-    for name, implementations in dispatch._registry.items():
+def test_the_configuration_knows_what_training_uses_and_its_implementations():
+    assert set(KERNELS) - {"linear_cross_entropy"} | {"flash_attention"} == set(dispatch._registry)
+    for name in KernelsConfig().operations():
         allowed = KernelsConfig.__dataclass_fields__[name].metadata["allowed"]
-        assert set(allowed) == {"auto", *implementations}, name
+        assert set(allowed) == {"auto", *dispatch._registry[name]}, name
+    package = Path(megalm_kernels.__file__).parent
+    sources = "".join(path.read_text() for path in (package.parents[1] / "megalm").rglob("*.py"))
+    imported = set(re.findall(r"\w+", " ".join(re.findall(r"from megalm_kernels import (.*)", sources))))
+    owners = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm", "FusedAdamW": "fused_adam"}
+    assert {owners.get(name, name) for name in imported} & set(dispatch._registry) == set(KernelsConfig().operations())
+
+
+def test_names_that_do_not_exist_are_refused(registry):
+    for arguments in (("tritn",), ("auto", "cpu", {"op": "tritn"})):
+        with pytest.raises(ValueError, match="no backend is called tritn; there are auto, triton, torch, apex"):
+            dispatch.choose(*arguments)
+    with pytest.raises(ValueError, match="the device type is 'tpu', wanted cpu or cuda"):
+        dispatch.choose("auto", "tpu")
 
 
 BLOCKED = """

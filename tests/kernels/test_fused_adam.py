@@ -16,6 +16,7 @@ from megalm_kernels.rounding import join_fp32, random16, split_fp32, stochastic_
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = [(FP32, FP32, ""), (FP32, BF16, ""), (BF16, BF16, ""), (BF16, FP32, "master"), (FP16, FP16, "master")]
 KINDS += [(BF16, BF16, "remainder"), (BF16, FP32, "chance")]
+CHANCE: dict[str, Any] = {"param": torch.zeros(33, dtype=BF16)}
 SETTINGS: dict[str, Any] = dict(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
 
@@ -163,11 +164,36 @@ def test_compiles_in_one_graph():
         (dict(grad_scale=torch.ones((), device="meta")), "device of grad_scale is meta"),
         (dict(found_inf=torch.tensor(False)), "dtype of found_inf is torch.bool"),
         (dict(beta1=1.0), "beta1 is 1.0, wanted at least 0 and less than 1"),
+        (dict(beta2=None), "beta2 is None, wanted a number"),
+        (dict(lr=-1e-3), "lr is -0.001, wanted at least 0"),
+        (dict(lr="1e-3"), "lr is of type str, wanted a number or a Tensor"),
+        (dict(eps=-1e-8), "eps is -1e-08, wanted at least 0"),
+        (dict(eps=torch.ones(())), "eps is of type Tensor, wanted a number"),
+        (dict(weight_decay=-0.1), "weight_decay is -0.1, wanted at least 0"),
+        (dict(step=1.5), "step is of type float, wanted an int or a Tensor"),
+        (dict(step=None), "step is None, wanted an int or a Tensor"),
+        (dict(grad_scale=0.5), "grad_scale is of type float, wanted a Tensor"),
+        (dict(found_inf=True), "found_inf is of type bool, wanted a Tensor"),
+        (dict(exp_avg=None), "exp_avg is None, wanted a Tensor"),
+        (dict(grad=[0.0] * 33), "grad is of type list, wanted a Tensor"),
+        (CHANCE | dict(stochastic_seed=-1), r"stochastic_seed is -1, wanted at least 0 and less than 2\*\*64"),
+        (CHANCE | dict(stochastic_seed=2**64), "stochastic_seed is 18446744073709551616"),
+        (CHANCE | dict(stochastic_seed=0.5), "stochastic_seed is of type float, wanted an int"),
     ],
 )
 def test_wrong_arguments(change, message):
     with pytest.raises(ValueError, match=f"fused_adam: .*{message}"):
         ops.fused_adam(**{**start(), **SETTINGS, "step": 1, **change})
+
+
+def test_every_seed_of_64_bits_goes_through_the_operator():
+    """An operator of torch takes int64, so the upper half of the seeds is negative there."""
+    for seed in (2**63 - 1, 2**63, 2**64 - 1):
+        one, other = start(BF16, BF16, "chance"), start(BF16, BF16, "chance")
+        one["stochastic_seed"] = other["stochastic_seed"] = seed
+        ops.fused_adam(**one, **SETTINGS, step=1)
+        _fused_adam_triton(**other, **SETTINGS, step=1)
+        assert torch.equal(one["param"], other["param"])
 
 
 def test_two_halves_are_the_whole():

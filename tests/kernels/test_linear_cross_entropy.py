@@ -11,11 +11,15 @@ from megalm_kernels.cross_entropy import IGNORE
 from megalm_kernels.linear_cross_entropy import (
     _gradients_op,
     _losses_op,
+    _statistics_op,
     _sum_op,
     default_chunk,
     linear_cross_entropy,
+    linear_cross_entropy_gradient,
     linear_cross_entropy_reference,
+    linear_cross_entropy_statistics,
 )
+from tests.kernels.device.split_vocabulary import losses_in_parts
 
 ALL = dict(label_smoothing=0.1, z_loss=0.02, softcap=3.0)
 OPERATOR = (0.1, 0.02, IGNORE, 3.0, 4)
@@ -44,12 +48,49 @@ def test_equals_all_the_logits_at_once(reduction, features, chunk, dtype):
     upstream = torch.tensor(1 / 3) if reduction == "sum" else torch.linspace(0.5, 2, 11)
     found.backward(upstream.to(found.dtype))
     wanted.backward(upstream.double())
+    check_close(found, wanted, ours, exact, dtype)
+
+
+def check_close(found, wanted, ours, exact, dtype):
+    """The losses and the gradients of both leaves."""
     tolerance = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     close = dict(rtol=tolerance, atol=tolerance * (5 if dtype == torch.bfloat16 else 1))
     torch.testing.assert_close(found.detach().double(), wanted.detach(), **close)
     for a, b in zip(ours, exact, strict=True):
         assert a.grad.dtype == dtype
         torch.testing.assert_close(a.grad.double(), b.grad, **close)
+
+
+@pytest.mark.parametrize("features", [{}, ALL], ids=["plain", "all"])
+@pytest.mark.parametrize("rows", [[8, 8], [5, 8, 3]], ids=["two", "one of padding only"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_vocabulary_in_parts_equals_the_whole(features, rows, dtype):
+    x, weight, labels = case(dtype=dtype)
+    exact = [tensor.to(torch.float64, copy=True).requires_grad_() for tensor in (x, weight)]
+    ours = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    found = losses_in_parts(*ours, labels, rows, 4, **features)
+    wanted = linear_cross_entropy_reference(*exact, labels, **features)
+    for losses in (found, wanted):
+        losses.backward(torch.linspace(0.5, 2, 11).to(losses.dtype))
+    check_close(found, wanted, ours, exact, dtype)
+
+
+def test_statistics_and_gradient_by_themselves():
+    """The default is the whole vocabulary; no sum of logits unless asked for, no gradient through either, no tokens."""
+    x, weight, labels = case()
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    found = linear_cross_entropy_statistics(*leaves, labels)
+    logits = (x @ weight.t()).double()
+    torch.testing.assert_close(found.largest.double() + found.total.double().log(), logits.logsumexp(-1))
+    assert found.logit_sum.numel() == 0 and found.exponentials is None and not found.total.requires_grad
+    grad = torch.linspace(0.5, 2, 11)
+    gradients = linear_cross_entropy_gradient(*leaves, labels, found.largest, found.total, grad.requires_grad_())
+    wanted = torch.autograd.grad(linear_cross_entropy(*leaves, labels), leaves, grad.detach())
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(gradients, wanted, strict=True))
+    nothing = linear_cross_entropy_statistics(x[:0], weight, labels[:0], with_sum=True)
+    assert [part.shape for part in nothing[:4]] == [(0,)] * 4
+    dx, dweight = linear_cross_entropy_gradient(x[:0], weight, labels[:0], nothing.largest, nothing.total, grad[:0])
+    assert dx.shape == (0, 6) and dweight.shape == (13, 6) and not dweight.any()
 
 
 def test_bf16_weight_gradients_are_added_up_in_fp32():
@@ -103,6 +144,18 @@ def test_peak_memory_is_that_of_a_chunk(reduction):
     assert all_at_once > 16 and in_chunks < 2.5, f"{in_chunks:.1f} MiB in chunks, {all_at_once:.1f} MiB at once"
 
 
+def test_peak_memory_of_a_part_of_the_vocabulary():
+    """As above, of one part: its logits are 8 MiB, of two chunks 1 MiB, and there are dW and dx."""
+    x, weight, labels = case(512, 16, 4096)
+    place = dict(vocab_size=8192, chunk=32)
+
+    def run():
+        found = linear_cross_entropy_statistics(x, weight, labels, with_sum=True, **place)
+        linear_cross_entropy_gradient(x, weight, labels, found.largest, found.total, torch.ones(512), **place)
+
+    assert peak_bytes(run) / 2**20 < 2
+
+
 def test_the_default_chunk():
     assert default_chunk(8192, 4096, 131072) == 2048  # logits of the size of x would be 256 tokens: too little work each
     assert default_chunk(65536, 4096, 32768) == 8192  # the logits of 8192 tokens are as large as x
@@ -116,7 +169,9 @@ def test_opcheck():
     leaves = (x.clone().requires_grad_(), weight.clone().requires_grad_(), labels, *OPERATOR)
     _, largest, total = _losses_op(x, weight, labels, *OPERATOR)
     torch.library.opcheck(_losses_op, leaves)
-    torch.library.opcheck(_gradients_op, (x, weight, labels, largest, total, torch.ones(11), *OPERATOR, True, True))
+    torch.library.opcheck(_gradients_op, (x, weight, labels, largest, total, torch.ones(11), 0, 13, *OPERATOR, True, True))
+    for with_sum in (False, True):
+        torch.library.opcheck(_statistics_op, (x, weight, labels, 4, 15, 3.0, IGNORE, with_sum, 4))
     torch.library.opcheck(_sum_op, (*leaves, True, True))
 
 
@@ -133,6 +188,19 @@ def test_compiles_in_one_graph(reduction):
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_a_part_of_the_vocabulary_compiles_in_one_graph():
+    x, weight, labels = case(dtype=torch.bfloat16)
+    place = dict(first=2, vocab_size=14, softcap=3.0, chunk=4)
+
+    def step(x, weight):
+        found = linear_cross_entropy_statistics(x * 2, weight, labels, with_sum=True, **place)
+        grad = torch.ones_like(found.total)
+        return *found[:4], *linear_cross_entropy_gradient(x * 2, weight, labels, found.largest, found.total, grad, **place)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(x, weight), compiled(x, weight))
+
+
 WRONG = [
     (dict(x=torch.zeros(1, 11, 6)), "the shape of x"),
     (dict(x=torch.zeros(11, 6, dtype=torch.int64)), "the dtype of x"),
@@ -143,7 +211,10 @@ WRONG = [
     (dict(labels=torch.zeros(10, dtype=torch.int64)), "the shape of labels"),
     (dict(labels=torch.full((11,), 13)), "a label is 13, wanted 0 to 12"),
     (dict(reduction="mean"), "reduction is 'mean', wanted 'none' or 'sum'"),
-    (dict(chunk=-1), "chunk is -1"),
+    (dict(chunk=-1), "chunk is -1, wanted an int of at least 0"),
+    (dict(chunk=2.0), "chunk is 2.0"),
+    (dict(chunk=True), "chunk is True"),
+    (dict(chunk="4"), "chunk is '4'"),
     (dict(z_loss=-1.0), "z_loss is -1.0"),
 ]
 
@@ -154,3 +225,32 @@ def test_wrong_arguments(wrong, said):
     arguments = {"x": x, "weight": weight, "labels": labels, **wrong}
     with pytest.raises(ValueError, match=f"linear_cross_entropy: {said}"):
         linear_cross_entropy(**arguments)
+
+
+WRONG_OF_PARTS = [
+    (dict(x=torch.zeros(1, 11, 6)), "the shape of x"),
+    (dict(weight=torch.zeros(13, 6, dtype=torch.bfloat16)), "the dtype of weight"),
+    (dict(first=-1), "first is -1"),
+    (dict(vocab_size=13.0), "vocab_size is 13.0, wanted an int"),
+    (dict(chunk=None), "chunk is None"),
+    (dict(vocab_size=20, labels=torch.full((11,), 20)), "a label is 20, wanted 0 to 19"),
+    (dict(softcap=-1.0), "softcap is -1.0"),
+]
+WRONG_OF_GRADIENT = [
+    (dict(largest=torch.zeros(10)), "the shape of largest"),
+    (dict(total=torch.ones(11, dtype=torch.bfloat16)), "the dtype of total"),
+    (dict(grad=torch.ones(11, device="meta")), "the device of grad"),
+    (dict(label_smoothing=1.0), "label_smoothing is 1.0"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "said"), [*WRONG_OF_PARTS, *WRONG_OF_GRADIENT], ids=lambda value: str(value)[:20])
+def test_wrong_arguments_of_parts(wrong, said):
+    x, weight, labels = case()
+    arguments = {"x": x, "weight": weight, "labels": labels, **wrong}
+    if not set(wrong) & {"largest", "total", "grad", "label_smoothing"}:
+        with pytest.raises(ValueError, match=f"linear_cross_entropy_statistics: {said}"):
+            linear_cross_entropy_statistics(**arguments)
+    numbers = {name: torch.ones(11) for name in ("largest", "total", "grad")}
+    with pytest.raises(ValueError, match=f"linear_cross_entropy_gradient: {said}"):
+        linear_cross_entropy_gradient(**numbers | arguments)

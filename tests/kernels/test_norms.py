@@ -150,6 +150,26 @@ def test_masks_look_like_chance():
     assert masks[0].mean(1).abs().max() < 5 * (0.25 * 0.75 / 512) ** 0.5
 
 
+def test_modules():
+    """eps is that of the functions; a zero-centred weight begins at 0 and so is the identity's."""
+    x = tensors(torch.float32, 8)[0]
+    for kind, function in ((norms.RMSNorm, F.rms_norm), (norms.LayerNorm, F.layer_norm)):
+        plain, centred = kind(8), kind(8, zero_centred=True)
+        assert torch.equal(plain(x), function(x, (8,), torch.ones(8), eps=1e-5))
+        assert torch.equal(centred.weight, torch.zeros(8)) and torch.equal(plain.weight, torch.ones(8))
+        assert torch.equal(centred(x), plain(x)) and plain.state_dict().keys() == centred.state_dict().keys()
+        with torch.no_grad():
+            centred.weight.fill_(1.0)
+        torch.testing.assert_close(centred(x), 2 * plain(x))
+
+
+def test_compiles_with_its_checks():
+    x, weight, _, residual = tensors(torch.float32)
+    compiled = torch.compile(ops.rms_norm, fullgraph=True, backend="eager")
+    for got, want in zip(*(f(x, weight, 1e-3, residual=residual, seed=3) for f in (compiled, ops.rms_norm)), strict=True):
+        assert torch.equal(got, want)
+
+
 X, W = torch.ones(2, 3, 8), torch.ones(8)
 WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     (r"the shape of x is \(\), wanted", (torch.tensor(1.0), W), {}),
@@ -166,6 +186,17 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("the device of rows is meta", (X, W), dict(rows=torch.arange(6, device="meta"))),
     ("dropout is 1.0, wanted at least 0 and less than 1", (X, W), dict(dropout=1.0)),
     ("seed is -1, wanted at least 0", (X, W), dict(seed=-1)),
+    ("seed is of type float, wanted an int", (X, W), dict(seed=1.5)),
+    ("seed is None, wanted an int", (X, W), dict(seed=None)),
+    ("dropout is None, wanted a number", (X, W), dict(dropout=None)),
+    ("eps is -1.0, wanted at least 0", (X, W), dict(eps=-1.0)),
+    ("eps is nan, wanted at least 0", (X, W), dict(eps=float("nan"))),
+    ("eps is None, wanted a number", (X, W), dict(eps=None)),
+    ("x is of type list, wanted a Tensor", ([1.0], W), {}),
+    ("x is None, wanted a Tensor", (None, W), {}),
+    ("weight is None, wanted a Tensor", (X, None), {}),
+    ("residual is of type int, wanted a Tensor", (X, W), dict(residual=1)),
+    ("rows is of type list, wanted a Tensor", (X, W), dict(rows=[0, 1])),
 ]
 
 
@@ -183,3 +214,16 @@ def test_wrong_arguments(words, args, named):
 def test_wrong_bias(words, bias):
     with pytest.raises(ValueError, match=f"layer_norm: {words}"):
         ops.layer_norm(X, W, bias)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "residual"])
+def test_the_kernels_refuse_fp64(name):
+    """With what to do; torch's operators take it."""
+    given = {"x": X, "weight": W, "residual": X} | {name: (W if name == "weight" else X).double()}
+    ops.rms_norm(**given)
+    features = (1e-5, given["residual"], False, 0.0, 0, None)
+    remedy = r"wanted .* \(others: kernels.{0}=torch or use\({0}=\"torch\"\)\)"
+    with pytest.raises(ValueError, match=f"rms_norm with Triton: the dtype of {name} .* {remedy.format('rms_norm')}"):
+        norms._rms_norm_triton(given["x"], given["weight"], *features)
+    with pytest.raises(ValueError, match=f"layer_norm with Triton: the dtype of {name} .* {remedy.format('layer_norm')}"):
+        norms._layer_norm_triton(given["x"], given["weight"], None, *features)

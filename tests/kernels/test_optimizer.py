@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -281,11 +282,91 @@ def test_a_copy_keeps_its_options() -> None:
         (dict(eps=-1.0), "eps is -1.0"),
         (dict(weight_decay=-0.1), "weight_decay is -0.1"),
         (dict(betas=(0.9, 1.0)), r"betas is \(0.9, 1.0\)"),
+        (dict(betas=(0.9,)), r"betas is \(0.9,\), wanted two"),
+        (dict(betas=None), "betas is None, wanted two"),
+        (dict(eps="1e-8"), "eps is of type str, wanted a number"),
+        (dict(seed=-1), r"seed is -1, wanted at least 0 and less than 2\*\*64"),
+        (dict(seed=2**64), "seed is 18446744073709551616"),
     ],
 )
 def test_wrong_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"FusedAdamW: {message}"):
         FusedAdamW(model().parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    ("group", "options", "message"),
+    [
+        (dict(master="fp32"), {}, "master of a param group is fp32, wanted none, as for the whole optimizer"),
+        (dict(stochastic_rounding=True), {}, "stochastic_rounding of a param group is True, wanted False"),
+        (dict(seed=3), dict(seed=2), "seed of a param group is 3, wanted 2"),
+        (dict(capturable=True), {}, "capturable of a param group is True, wanted False"),
+        (dict(lr=-1.0), {}, "lr of a param group is -1.0, wanted at least 0"),
+        (dict(eps=-1.0), {}, "eps of a param group is -1.0"),
+        (dict(weight_decay=-1.0), {}, "weight_decay of a param group is -1.0"),
+        (dict(weight_decay=None), {}, "weight_decay of a param group is None, wanted a number"),
+        (dict(betas=(1.0, 0.9)), {}, r"betas of a param group is \(1.0, 0.9\)"),
+        (dict(params=list(model(torch.float16).parameters())), dict(master="remainder"), "parameter 0 .* is torch.float16"),
+        (dict(params=list(model(torch.float64).parameters())), {}, "dtype of parameter 0 of a param group is torch.float64"),
+    ],
+)
+def test_wrong_groups(group: dict, options: dict, message: str) -> None:
+    """Refused before the first step, and not added."""
+    with pytest.raises(ValueError, match=f"FusedAdamW: .*{message}"):
+        FusedAdamW([{"params": model().parameters(), **group}], **options)
+    optimizer = FusedAdamW(model().parameters(), **options)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": model().parameters(), **group})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_groups_of_another_optimizer_with_the_same_options() -> None:
+    """They say what this optimizer does anyway."""
+    first = FusedAdamW(groups(model(BF16)), **SETTINGS, master="fp32")
+    assert FusedAdamW(first.param_groups, master="fp32").param_groups[1]["betas"] == SETTINGS["betas"]
+
+
+def test_nothing_to_round_by_chance() -> None:
+    with pytest.warns(UserWarning, match="stochastic_rounding is True, but no parameter is bf16"):
+        FusedAdamW(model().parameters(), stochastic_rounding=True)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_state_of_another_optimizer_is_refused(momentum: float) -> None:
+    module = model()
+    theirs = torch.optim.SGD(module.parameters(), lr=0.1, momentum=momentum)
+    run(module, theirs, 0, 1)
+    ours = FusedAdamW(module.parameters(), **SETTINGS)
+    wanted = "betas of a group of the state_dict is absent, wanted AdamW's: lr, betas, eps, weight_decay"
+    if momentum:
+        wanted = "exp_avg and exp_avg_sq and step of parameter 0 in the state_dict is absent, .* it has momentum_buffer"
+    with pytest.raises(ValueError, match=f"FusedAdamW: {wanted}"):
+        ours.load_state_dict(theirs.state_dict())
+    run(module, ours, 0, 1)
+
+
+def test_the_state_of_other_parameters_is_refused() -> None:
+    module = model(BF16)
+    optimizer = FusedAdamW(module.parameters(), **SETTINGS, master="fp32")
+    run(module, optimizer, 0, 1)
+    good = optimizer.state_dict()
+    wrong: list[tuple[str, Any, str]] = [
+        ("exp_avg", torch.zeros(5, 7), "the shape of exp_avg of parameter 2 in the state_dict is (5, 7), wanted (3, 7)"),
+        ("exp_avg_sq", torch.zeros(21), "the shape of exp_avg_sq of parameter 2 in the state_dict is (21,), wanted (3, 7)"),
+        ("master", torch.zeros(3), "the shape of master of parameter 2 in the state_dict is (3,), wanted (3, 7)"),
+        ("exp_avg", [0.0], "exp_avg of parameter 2 in the state_dict is of type list, wanted a Tensor"),
+    ]
+    for name, value, message in wrong:
+        saved = copy.deepcopy(good)
+        saved["state"][2][name] = value
+        with pytest.raises(ValueError, match=re.escape(f"FusedAdamW: {message}")):
+            optimizer.load_state_dict(saved)
+    saved = copy.deepcopy(good)
+    saved["param_groups"][0]["lr"] = -1.0
+    with pytest.raises(ValueError, match=r"FusedAdamW: lr in the state_dict is -1\.0"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == SETTINGS["lr"]
+    optimizer.load_state_dict(good)
 
 
 def test_a_sparse_gradient_is_refused() -> None:

@@ -76,15 +76,36 @@ def run_tests(bug: Bug, kernels: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
+GATE = """
+from megalm_kernels.compile_gate import run_gate
+report = run_gate([90], ["swiglu"])
+print(*report.failures, sep="\\n")
+raise SystemExit(bool(report.failures))
+"""
+
+
+def copy_with(path: Path, file: str, before: str, after: str) -> None:
+    """A copy of the package in the folder `path`, in which `before` has become `after`."""
+    shutil.copytree(PACKAGE, path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (path / PACKAGE.name / file).read_text()
+    assert before in source, f"{file} has changed: plant this bug in another place"
+    (path / PACKAGE.name / file).write_text(source.replace(before, after))
+
+
+@pytest.mark.slow
+def test_a_planted_spill_is_seen(tmp_path: Path) -> None:
+    before = '_table("gated", [Row(2, dict(BLOCK=2048, num_warps=4))'
+    copy_with(tmp_path, "tables.py", before, before.replace("BLOCK=2048, num_warps=4", "BLOCK=16384, num_warps=1"))
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", GATE], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stdout + done.stderr[-2000:]
+    assert "sm_90 swiglu torch.bfloat16: _gated" in done.stdout and "spills registers" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_a_planted_bug_is_seen(bug: Bug, tmp_path: Path) -> None:
-    copy = tmp_path / PACKAGE.name
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    file = copy / "device" / f"{bug.file}.py"
-    source = file.read_text()
-    assert bug.before in source, f"{file.name} has changed: plant this bug in another place"
-    file.write_text(source.replace(bug.before, bug.after))
+    copy_with(tmp_path, f"device/{bug.file}.py", bug.before, bug.after)
     done = run_tests(bug, tmp_path)
     assert done.returncode == 1, f"the tests passed, or did not run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
     assert bug.words in done.stdout, done.stdout[-3000:]

@@ -126,9 +126,18 @@ def test_refuses() -> None:
         "positions is -1 to 3": lambda: rotary(x, cos, sin, positions=POSITIONS - 1),
         "not a leaf": lambda: rotary(leaf, cos, sin, inplace=True),
         "nor a view of one": lambda: rotary(leaf[:, :, 1:], cos, sin, inplace=True),
+        "x is of type list, wanted a Tensor": lambda: rotary([1.0], cos, sin),
+        "cos is None, wanted a Tensor": lambda: rotary(x, None, sin),
+        "sin is of type float, wanted a Tensor": lambda: rotary(x, cos, 1.0),
+        "positions is of type list, wanted a Tensor": lambda: rotary(x, cos, sin, positions=[0, 1, 2, 3, 4]),
+        r"with Triton: .* x is torch.float64, wanted .*others: kernels.rotary=torch or use\(rotary=\"torch\"\)": (
+            lambda: _rotary_triton(x.double(), cos, sin, None, False, False)
+        ),
         "share memory": lambda: rotary(x[:1].expand(2, 5, 3, 8), cos, sin, inplace=True),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message) as error:
             call()
-        assert str(error.value).startswith("rotary: ")
+        assert str(error.value).startswith(("rotary: ", "rotary with Triton: "))
+    with dispatch.use("torch"):
+        assert rotary(x.double(), cos, sin).dtype == torch.float64

@@ -91,7 +91,7 @@ def test_explain_refuses_what_cannot_run_here() -> None:
     with pytest.raises(ConfigError, match="no GPU is visible here"):
         explain(config_of("device=cuda"))
     with pytest.raises(ConfigError, match="l2_norm cannot run so here: triton: no GPU"):
-        explain(config_of("l2_norm=triton"))
+        explain(config_of("rms_norm=triton"))
 
 
 def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

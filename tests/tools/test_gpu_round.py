@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 from megalm_kernels.benchmarks.report import Ceilings, Row, complete
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ["install", "tests", "cache", "bench-norms", "bench-adam", "bench-pointwise", "bench-loss", "parity", "step", "collect"]
+BENCHMARKS = ["bench-norms", "bench-adam", "bench-pointwise", "bench-loss"]
+STEPS = ["install", "tests-norms", "tests-rest", "cache", *BENCHMARKS, "parity", "step", "collect"]
 RECORDER = """#!/usr/bin/env bash
 echo "$*" >>"$RECORD"
 cat >/dev/null
@@ -40,12 +42,12 @@ def gpu_round(tmp_path):
     python.write_text(RECORDER)
     python.chmod(0o755)
 
-    def run(*arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    def run(*arguments: str, root: Path = ROOT, **variables: str) -> tuple[subprocess.CompletedProcess[str], str]:
         record.write_text("")
         seen = out / "dry-run" if "--dry-run" in arguments else out
         own = {"PYTHON": str(python), "RECORD": str(record), "GPU_ROUND_OUT": str(out), "GPU_ROUND_OUT_SEEN": str(seen)}
         env = {**os.environ, **own, "GPU_ROUND_SITE": str(tmp_path / "site"), **variables}
-        command = ["bash", str(ROOT / "tools" / "gpu_round.sh"), *arguments]
+        command = ["bash", str(root / "tools" / "gpu_round.sh"), *arguments]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         return done, record.read_text()
 
@@ -64,13 +66,13 @@ def test_one_step_after_the_other(gpu_round):
     assert "-m pytest" in asked and "-m gpu" in asked and "--no-index" not in asked
     listed = states(gpu_round("--list")[0].stdout)
     assert list(listed) == STEPS
-    assert listed == {"install": "ok", "tests": "ok"} | dict.fromkeys(STEPS[2:], "not run")
+    assert listed == {"install": "ok", "tests-norms": "ok"} | dict.fromkeys(STEPS[2:], "not run")
 
 
 def test_all_of_it_and_then_nothing(gpu_round):
     done, asked = gpu_round("--all")
     assert done.returncode == 0, done.stdout + done.stderr
-    order = ["--no-index", "-m pytest", "gpu_cache.py", "rms_norm", "fused_adam", "swiglu", "cross_entropy", "gpu_parity.py"]
+    order = ["--no-index", "-m pytest", "gpu_cache.py", "rms_norm", "fused_adam", "swiglu", "cross_entropy lin", "gpu_parity.py"]
     places = [asked.index(text) for text in [*order, "bench_step.py", "gpu_report.py"]]
     assert places == sorted(places)
     assert asked.count("--device cuda") == 4 and "--dry-run" not in asked
@@ -96,7 +98,7 @@ def test_the_first_command_of_a_step_that_fails_ends_it(gpu_round):
 
 
 def test_steps_by_name_on_a_machine_that_has_nothing_yet(gpu_round):
-    done, asked = gpu_round("parity", "tests")
+    done, asked = gpu_round("parity", "tests-rest")
     assert done.returncode == 0, done.stderr
     assert asked.index("--no-index") < asked.index("gpu_parity.py") < asked.index("-m pytest")
 
@@ -120,9 +122,103 @@ def test_what_is_installed_is_what_the_checkout_has(gpu_round, tmp_path):
 
 def test_wrong_arguments(gpu_round):
     done, asked = gpu_round("benchmark")
-    assert done.returncode == 1 and "no step is called benchmark" in done.stderr and "bench-norms" in done.stderr and not asked
-    assert gpu_round("--out")[0].returncode == 1
-    assert "the next step" in gpu_round("--help")[0].stdout
+    assert done.returncode == 2 and "no step is called benchmark" in done.stderr and "bench-norms" in done.stderr and not asked
+    assert gpu_round("--out")[0].returncode == 2
+    done, asked = gpu_round("--fast")
+    assert done.returncode == 2 and "unknown option --fast" in done.stderr and not asked
+
+
+def test_asking_makes_no_folder(gpu_round, tmp_path):
+    help_text = gpu_round("--help")[0].stdout
+    assert "the next step" in help_text and "GPU_ROUND_COMMIT" in help_text
+    assert help_text.endswith("(570).\n")  # the whole comment, and no code
+    assert set(states(gpu_round("--list")[0].stdout).values()) == {"not run"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_kernel_test_is_in_one_of_the_two_steps(gpu_round):
+    first, rest = (gpu_round(step)[1].splitlines()[-1].split() for step in ("tests-norms", "tests-rest"))
+    files = [argument for argument in first if argument.endswith(".py")]
+    assert [Path(file).name for file in files] == ["test_norms.py", "test_cross_entropy.py", "test_linear_cross_entropy.py"]
+    assert all(Path(file).is_file() for file in files)
+    assert str(ROOT / "tests/kernels/device") in rest
+    assert [argument for argument in rest if argument.startswith("--ignore=")] == [f"--ignore={file}" for file in files]
+    assert first[-1].endswith("/tests-norms.xml") and rest[-1].endswith("/tests-rest.xml")
+
+
+def test_where_results_are_committed_and_the_commit_that_they_name(gpu_round, tmp_path):
+    copy = tmp_path / "copy"
+    (copy / "tools").mkdir(parents=True)
+    shutil.copy(ROOT / "tools" / "gpu_round.sh", copy / "tools")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "megalm", "launchers", "conf", "kernels"):
+        (copy / name).touch()
+    git = ["git", "-C", str(copy), "-c", "user.name=x", "-c", "user.email=x@y"]
+    done, asked = gpu_round("collect", root=copy)
+    assert done.returncode == 0, done.stderr
+    assert "no git checkout" in done.stdout and "--publish" not in asked and asked.rstrip().endswith("--commit unknown")
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    (copy / "benchmarks" / "results").mkdir(parents=True)
+    (copy / "benchmarks" / "results" / "old.json").touch()  # no difference from the commit
+    asked = gpu_round("collect", root=copy)[1]
+    assert asked.rstrip().endswith(f"--commit {head} --publish {copy}/benchmarks/results")
+    (copy / "kernels").write_text("other")
+    assert gpu_round("bench-adam", root=copy)[1].rstrip().endswith(f"--commit {head}+")
+    asked = gpu_round("bench-adam", "collect", root=copy, GPU_ROUND_COMMIT="abc")[1]
+    assert asked.count("--commit abc") == 2
+    assert "--publish" not in gpu_round("--dry-run", "collect", root=copy)[1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--frobnicate"], [], ["one", "two"], [""], ["file"]])
+def test_the_wheels_ask_for_nothing_before_their_arguments_are_right(arguments, tmp_path):
+    (tmp_path / "tools").mkdir()
+    for name in ("gpu_wheels.sh", "env.sh"):
+        shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
+    python, record = tmp_path / "python", tmp_path / "record"
+    python.write_text(RECORDER)
+    python.chmod(0o755)
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    env = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_DEFAULT_ENV")}
+    env |= {"PYTHON": str(python), "RECORD": str(record)}
+    command = ["bash", str(tmp_path / "tools" / "gpu_wheels.sh"), *arguments]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    asks = bool(arguments) and arguments[0] in ("--help", "-h")
+    assert done.returncode == (0 if asks else 2)
+    assert "bash tools/gpu_wheels.sh FOLDER" in (done.stdout if asks else done.stderr)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def fill_cache(monkeypatch: pytest.MonkeyPatch, *late: str) -> ModuleType:
+    """tools/gpu_cache.py, whose processes only write files: one kernel before the launch, `late` at the launch."""
+    tool = load("gpu_cache")
+
+    def run(command: list[str], cache: Path) -> float:
+        for name in late if "--launch" in command else ("HASH/rows.cubin",):
+            (cache / name).parent.mkdir(exist_ok=True)
+            (cache / name).touch()
+        return 1.0
+
+    monkeypatch.setattr(tool, "run", run)
+    monkeypatch.setattr(tool, "this_arch", lambda: "90")
+    return tool
+
+
+def test_a_kernel_that_the_launch_had_to_compile_is_a_failure_and_named(monkeypatch, tmp_path, capsys):
+    assert fill_cache(monkeypatch, "HASH2/swiglu_kernel.cubin").main(["--json", str(tmp_path / "x.json")]) == 1
+    assert "FAILED  swiglu_kernel was not compiled before the launch" in capsys.readouterr().err
+    assert json.loads((tmp_path / "x.json").read_text())["missed"] == ["HASH2/swiglu_kernel"]
+    assert fill_cache(monkeypatch, "HASH2/__triton_launcher.so").main(["--json", str(tmp_path / "x.json")]) == 0
+    assert "0 kernels had to be compiled at the launch, which built 1 C libraries with gcc" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_the_cache_launches_nothing_and_says_so(monkeypatch, tmp_path, capsys):
+    assert fill_cache(monkeypatch, "HASH2/x.cubin").main(["--dry-run", "--json", str(tmp_path / "x.json")]) == 0
+    out = capsys.readouterr().out
+    assert "nothing was launched" in out and "at the launch" not in out
+    assert json.loads((tmp_path / "x.json").read_text())["missed"] is None
 
 
 def test_parity_judges():
@@ -149,20 +245,29 @@ def test_the_report_of_a_round(tmp_path, capsys):
 
     bench("bench-norms", "2026-01-02T03", base)
     bench("bench-norms", "2026-01-02T04", Row(**{**asdict(base), "ms_p50": 0.5}), failed)
-    (tmp_path / "tests.xml").write_text('<testsuites><testsuite tests="7" failures="1" errors="0" skipped="2"/></testsuites>')
+    for name, failures in (("norms", 1), ("rest", 0)):
+        suite = f'<testsuites><testsuite tests="7" failures="{failures}" errors="0" skipped="2"/></testsuites>'
+        (tmp_path / f"tests-{name}.xml").write_text(suite)
+    (tmp_path / "cache.json").write_text(json.dumps({"compiled": 5, "missed": None}))
     (tmp_path / "parity.json").write_text(json.dumps({"largest_relative_difference": 1e-6, "problem": ""}))
     (tmp_path / "steps.txt").write_text("parity failed\nparity ok\n")
-    assert load("gpu_report").main([str(tmp_path), "--commit", "abc"]) == 0
+    assert load("gpu_report").main([str(tmp_path), "--commit", "abc", "--publish", str(tmp_path / "published")]) == 0
     found = json.loads((tmp_path / "results/nvidia-h200/2026-01-02.json").read_text())
     assert [row["ms_p50"] for row in found["rows"]] == [0.5, None], "the later run counts"
-    assert found["tests"] == {"tests": 7, "failures": 1, "errors": 0, "skipped": 2}
+    counts = {"tests": 7, "failures": 1, "errors": 0, "skipped": 2}
+    assert found["tests"] == {"tests-norms": counts, "tests-rest": counts | {"failures": 0}}
     assert found["steps"] == {"parity": "ok"} and found["step"] is None and found["commit"] == "abc"
     text = (tmp_path / "results/nvidia-h200/2026-01-02.md").read_text()
     assert "| rms_norm | 8 x 8 | bfloat16 | forward | triton | 0.5000 |" in text and "2000" in text
-    assert "failed: a / b" in text and "1 failures" in text and "parity: the same" in text
+    assert "failed: a / b" in text and "parity: the same" in text
+    assert "tests-norms: 7 tests, 1 failures" in text and "tests-rest: 7 tests, 0 failures" in text
     columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(columns) == 1, "every line of the table has the same number of cells"
-    capsys.readouterr()
+    assert "5 kernels compiled before, nothing was launched" in text
+    published = tmp_path / "published" / "nvidia-h200"
+    assert (published / "2026-01-02.md").read_text() == text and json.loads((published / "2026-01-02.json").read_text()) == found
+    assert f"to be committed: {published}/2026-01-02.json and " in capsys.readouterr().out
+    assert "not in the checkout: " in load("gpu_report").publish([], tmp_path / "cache.json" / "gpu")
 
 
 def test_a_report_of_nothing(tmp_path, capsys):

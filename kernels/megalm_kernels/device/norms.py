@@ -367,16 +367,22 @@ def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
         label = f"{str(dtype)[6:]} {width}"
         yield f"rms_norm {label}", partial(_specimen, dtype, width, False, False, False), claims
         yield f"layer_norm {label} residual, dropout, zero-centred", partial(_specimen, dtype, width, True, True, True), claims
+        yield f"layer_norm {label}", partial(_specimen, dtype, width, True, False, False), claims
         if width >= 1024:
             yield f"rms_norm {label} residual", partial(_specimen, dtype, width, False, True, False), claims
-            yield f"layer_norm {label}", partial(_specimen, dtype, width, True, False, False), claims
             yield f"layer_norm {label} residual", partial(_specimen, dtype, width, True, True, False), claims
+            for centred in (False, True) if dtype == torch.bfloat16 and width <= 8192 else ():
+                name = f"{('rms_norm', 'layer_norm')[centred]} {label}, residual and weight float32"
+                yield name, partial(_specimen, dtype, width, centred, True, False, torch.float32), claims
 
 
-def _specimen(dtype: torch.dtype, width: int, centred: bool, with_residual: bool, drop: bool) -> None:
+def _specimen(
+    dtype: torch.dtype, width: int, centred: bool, with_residual: bool, drop: bool, wide: torch.dtype | None = None
+) -> None:
     x = torch.empty(16384, width, dtype=dtype, device="meta")
-    weight, residual, dropout = x[0], x if with_residual else None, 0.1 if drop else 0.0
+    h = x.to(wide or dtype)
+    weight, residual, dropout = h[0], h if with_residual else None, 0.1 if drop else 0.0
     rows = torch.empty(16384, dtype=torch.int64, device="meta") if drop else None
     settings = (dropout, 1, centred, drop)
     _, _, mean, scale = forward(x, weight, weight if centred else None, residual, rows, *settings, 1e-5)
-    backward(x, residual, x, weight, mean, scale, rows, centred, drop, *settings)
+    backward(x, residual, h, weight, mean, scale, rows, centred, drop, *settings)

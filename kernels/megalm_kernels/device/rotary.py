@@ -13,7 +13,7 @@ from megalm_kernels import tables
 from megalm_kernels.launch import arch_of, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads", "num_angles", "blocks"])  # counts, of which no address depends on a factor
 def _turn(
     X,
     Y,
@@ -148,15 +148,20 @@ def _divisor(heads: int) -> int:
     return exact if exact >= 4 else triton.next_power_of_2(heads)
 
 
+# By channels, the numbers of heads that q and k have in the presets, whole and split; of the others a power of two stands for.
+_HEADS = {32: (4,), 64: (1, 4, 8, 32), 128: (1, 2, 4, 8, 16, 32)}
+
+
 def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
     """Every row of the table, with and without each feature."""
     claims = {"LDG.128", "STG.128"}
     for dtype in (torch.bfloat16, torch.float32):
         for channels in (256, 512):
             yield f"rotary {dtype} D{channels}", partial(_specimen, dtype, channels, channels), claims
-        for channels, heads, inverse in product((64, 128), (32, 8), (False, True)):  # q, k and their gradients
-            label = f"rotary {dtype} D{channels} of {heads} heads{' backward' * inverse}"
-            yield label, partial(_specimen, dtype, channels, channels, heads, inverse=inverse), claims
+        for (channels, numbers), inverse in product(_HEADS.items(), (False, True)):
+            for heads in numbers:
+                label = f"rotary {dtype} D{channels} of {heads} heads{' backward' * inverse}"
+                yield label, partial(_specimen, dtype, channels, channels, heads, inverse=inverse), claims
         for inverse in (False, True):
             label = f"rotary {dtype} interleaved{' backward' * inverse}"
             yield label, partial(_specimen, dtype, 128, 128, interleaved=True, inverse=inverse), claims

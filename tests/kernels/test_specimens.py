@@ -1,0 +1,75 @@
+"""The compile gate's specimens are what training launches: every preset's shapes, on one rank and split over eight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+import megalm.conf
+from megalm.config.model import ModelConfig
+from megalm_kernels.device import activations, cross_entropy, fused_adam, norms, rotary
+from megalm_kernels.launch import Launch, capture
+from megalm_kernels.specimens import collect, identity
+
+PRESETS = sorted(path.stem for path in Path(megalm.conf.__path__[0], "model").glob("*.yaml"))
+SAMPLES, LENGTH = 2, 512
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launch_training(config: ModelConfig, ranks: int, dtype: torch.dtype) -> None:
+    """What a step of this model launches on one of `ranks` tensor parallel ranks, kernel by kernel."""
+    tokens, hidden, gpt = SAMPLES * LENGTH, config.hidden_size, config.architecture == "gpt"
+    x, weight = meta(tokens, hidden, dtype=dtype), meta(hidden, dtype=dtype)
+    settings = (0.0, 0, gpt, False)
+    _, _, mean, scale = norms.forward(x, weight, weight if gpt else None, None, None, *settings, 1e-5)
+    norms.backward(x, None, x, weight, mean, scale, None, gpt, False, *settings)
+    if not gpt:
+        angles = meta(config.max_seq_length, config.head_dim // 2, dtype=torch.float32)
+        for heads in (config.num_heads // ranks, max(1, config.num_kv_heads // ranks)):
+            for inverse in (False, True):
+                rotary.turn(meta(SAMPLES, LENGTH, heads, config.head_dim, dtype=dtype), angles, angles, None, False, inverse)
+        gate = meta(tokens, config.ffn_size // ranks, dtype=dtype)
+        activations.gated(gate, gate, False)
+        activations.gated_backward(gate, gate, gate, False)
+    columns = -(-config.vocab_size // ranks)
+    logits, labels = meta(tokens, columns, dtype=dtype), meta(tokens, dtype=torch.int64)
+    if ranks == 1:
+        _, largest, total = cross_entropy.losses(logits, labels, 0.0, 0.0, -100, 0.0, False)
+    else:
+        largest, total, *_ = cross_entropy.statistics(logits, labels, columns, config.vocab_size, 0.0, -100, False)
+    cross_entropy.gradient(logits, labels, largest, total, total, 0, config.vocab_size, 0.0, 0.0, -100, 0.0)
+    flat = meta(4096, dtype=torch.float32)
+    fused_adam.fused_adam(flat, flat, flat, flat, None, None, None, None, None, None, 7, 1e-4, 0.9, 0.95, 1e-8, 0.1, None)
+
+
+def launches(preset: str) -> Iterator[tuple[str, Launch]]:
+    values = yaml.safe_load(Path(megalm.conf.__path__[0], "model", f"{preset}.yaml").read_text())
+    config = ModelConfig(**{**values, "vocab_size": values.get("vocab_size") or 32768})
+    for ranks in (1, 8):
+        if config.num_heads % ranks or config.ffn_size % ranks:
+            continue
+        for dtype in (torch.bfloat16, torch.float32):
+            with capture(90) as caught:
+                launch_training(config, ranks, dtype)
+            for launch in caught:
+                sizes = [arg for arg in launch.args if isinstance(arg, int)]
+                yield f"{preset}, {ranks} ranks, {dtype}: {launch.kernel.__name__} {sizes} {launch.meta}", launch
+
+
+@pytest.fixture(scope="module")
+def covered() -> set[tuple]:
+    return {identity(specimen.launch) for specimen in collect([90])[0]}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_training_launches_nothing_that_the_gate_has_not_seen(preset: str, covered: set[tuple]) -> None:
+    missing = [words for words, launch in launches(preset) if identity(launch) not in covered]
+    assert missing == []
