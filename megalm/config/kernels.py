@@ -18,7 +18,7 @@ def _operation(allowed: tuple[str, ...]) -> Any:
 
 @dataclass
 class KernelsConfig:
-    """Which implementation runs of each hot operation that training uses; `megalm kernels explain` shows what that means on a machine."""
+    """Which implementation runs of each hot operation that training uses; `megalm kernels explain` shows it for a machine."""
 
     backend: str = knob(
         "auto", "of all operations; auto: triton on a GPU of sm_80 or newer, else torch; chosen once and reported", allowed=_APEX
