@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from megalm_kernels.arguments import FLOATS, check_device, check_dtype, check_probability, check_shape, refuse
+from megalm_kernels.arguments import check_device, check_dtype, check_kernel_dtype, check_probability, check_shape, refuse
 from megalm_kernels.dispatch import implementation, kernel_op, register, triton_obstacle
 
 IGNORE = -100
@@ -83,7 +83,7 @@ def cross_entropy_statistics(
     _check("cross_entropy_statistics", logits, labels, vocab_size, ignore_index, 0.0, 0.0, softcap)
     scalars = (first, vocab_size, softcap, ignore_index, with_sum)
     if _on_kernels():
-        _refuse_double("cross_entropy_statistics", logits)
+        check_kernel_dtype("cross_entropy", "logits", logits)
         largest, total, target, logit_sum = _statistics_op(logits, labels, *scalars)
         return Statistics(largest, total, target, logit_sum, None)
     return statistics_torch(logits, labels, *scalars)
@@ -121,7 +121,7 @@ def cross_entropy_gradient(
     scalars = (first, vocab_size, label_smoothing, z_loss, ignore_index, softcap)
     if anchor is not None or not _on_kernels():
         return gradient_torch(logits, labels, largest, total, grad, *scalars, inplace, anchor)
-    _refuse_double(operation, logits)
+    check_kernel_dtype("cross_entropy", "logits", logits)
     return _gradient_on_kernels(logits, labels, largest, total, grad, *scalars, inplace)
 
 
@@ -130,7 +130,7 @@ def losses_with_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, and the largest and total that their gradient needs, (T,). For who checks arguments and has a backward itself."""
     if _on_kernels():
-        _refuse_double("cross_entropy", logits)
+        check_kernel_dtype("cross_entropy", "logits", logits)
         return _losses_op(logits, labels, label_smoothing, z_loss, ignore_index, softcap, False)
     return losses_torch(logits, labels, label_smoothing, z_loss, ignore_index, softcap)
 
@@ -176,10 +176,6 @@ def check_labels(operation: str, labels: Tensor, rows: Tensor, vocab_size: int, 
     if wrong.any():
         allowed = f"0 to {vocab_size - 1}, or {ignore_index} for a token that does not count"
         raise refuse(operation, "a label", int(labels[wrong][0]), allowed)
-
-
-def _refuse_double(operation: str, logits: Tensor) -> None:
-    check_dtype(operation, "logits", logits, FLOATS[:3])
 
 
 # Plain torch: the formula, and what runs without kernels.
@@ -416,7 +412,7 @@ _losses_op.register_autograd(_backward, setup_context=_keep)
 def _cross_entropy_triton(
     logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: float, ignore_index: int, softcap: float, inplace: bool
 ) -> Tensor:
-    _refuse_double("cross_entropy", logits)
+    check_kernel_dtype("cross_entropy", "logits", logits)
     return _losses_op(logits, labels, label_smoothing, z_loss, ignore_index, softcap, inplace)[0]
 
 

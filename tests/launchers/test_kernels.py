@@ -90,7 +90,7 @@ def test_explain_as_json(capsys: pytest.CaptureFixture) -> None:
 def test_explain_refuses_what_cannot_run_here() -> None:
     with pytest.raises(ConfigError, match="no GPU is visible here"):
         explain(config_of("device=cuda"))
-    with pytest.raises(ConfigError, match="l2_norm cannot run so here: triton: no GPU"):
+    with pytest.raises(ConfigError, match="rms_norm cannot run so here: triton: no GPU"):
         explain(config_of("rms_norm=triton"))
 
 
