@@ -118,9 +118,15 @@ def _pick(operation: str, backend: str, device_type: str, by_name: bool) -> tupl
 
 def implementation(operation: str) -> Callable[..., Any]:
     """The function that runs for `operation`; `auto` for this machine if nobody has chosen yet."""
-    if operation not in _chosen:
-        choose()
+    _see_to_a_choice()
     return _chosen[operation][0]
+
+
+@torch.compiler.assume_constant_result  # a compiler calls it and does not look inside, where caches would make it warn
+def _see_to_a_choice() -> bool:
+    if len(_chosen) < len(_registry):
+        choose()
+    return True
 
 
 def explain() -> list[Choice]:
