@@ -29,6 +29,7 @@ from triton.runtime.cache import get_cache_manager
 
 from megalm_kernels import compat, tables
 from megalm_kernels.cubin import FEATURES, SHARED_LIMITS, Cubin, read_cubins
+from megalm_kernels.launch import OPTIONS
 from megalm_kernels.specimens import Pointer, Specimen, collect
 
 _INSPECTED = "gate-2.json"  # beside a cubin in the cache: what read_cubins said; a new name when that changes
@@ -156,7 +157,7 @@ def _compile(specimen: Specimen, gpu: _PretendedGPU) -> _Compiled:
     kernel, said = None, ""
     begin = time.perf_counter()
     try:
-        kernel = launch.kernel.warmup(*args, grid=launch.grid, **launch.meta)
+        kernel = launch.kernel.warmup(*args, grid=launch.grid, **launch.meta, **OPTIONS)
     except Exception as error:  # the front end, the passes and ptxas each have kinds of their own
         said = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
     return _Compiled(kernel, said, time.perf_counter() - begin, gpu.thread.fresh or kernel is None)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megalm_kernels import compat
 
+OPTIONS = {"enable_fp_fusion": True}  # a * b + c in one rounding; the default is about to change, and warns of it
 INTERPRETED_ARCH = 90  # whose block sizes the interpreter uses
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
 _INTERPRETED_MULTIPROCESSORS = 3  # few, so that small tensors are spread over all of them and unevenly
@@ -60,9 +61,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **meta)
+            kernel[grid](*args, **meta, **OPTIONS)
     else:
-        kernel[grid](*args, **meta)
+        kernel[grid](*args, **meta, **OPTIONS)
 
 
 def arch_of(device: torch.device) -> int:
