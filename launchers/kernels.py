@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,9 @@ def explain(config: KernelsRun) -> None:
     wanted = config.explain.device
     device = wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     choices = choose_kernels(config.kernels, device)
+    loss = next(choice for choice in choices if choice.operation == "cross_entropy")
+    choices.append(replace(loss, operation="linear_cross_entropy", reason="as cross_entropy"))
+    choices.sort(key=lambda choice: choice.operation)
     states = _states(device)
     if config.explain.output == "json":
         print(json.dumps({"device": device, "operations": [asdict(choice) for choice in choices], **states}, indent=2))
