@@ -125,10 +125,10 @@ def _triton() -> Iterator[Row]:
         return
     import torch
 
-    if torch.cuda.is_available():
-        yield Row("triton kernels", "ok", "can run here")
-    else:
-        yield Row("triton kernels", "ok", "no GPU: the plain torch kernels are used")
+    from megalm_kernels.dispatch import triton_obstacle
+
+    obstacle = triton_obstacle("cuda" if torch.cuda.is_available() else "cpu")
+    yield Row("triton kernels", "ok", f"{obstacle}: the plain torch kernels are used" if obstacle else "can run here")
 
 
 def _apex() -> Iterator[Row]:

@@ -6,10 +6,9 @@ import os
 import platform
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from megalm_kernels.benchmarks.report import versions_of
+from megalm_kernels.benchmarks.report import describe_processor, versions_of
 
 NOISY = 0.1  # quartiles farther apart than this share of the ratio
 _PACKAGES = ("megalm", "torch", "deepspeed", "numpy")
@@ -69,12 +68,9 @@ def _duration(seconds: float) -> str:
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores that this process may use, memory and the load at this moment."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
-    model = next((text.split(":", 1)[1].strip() for text in lines if text.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "processor": model,
-        "cores": len(os.sched_getaffinity(0)),
+        **describe_processor(),
         "memory_gib": round(memory, 1),
         "load": [round(x, 2) for x in os.getloadavg()],
     }

@@ -59,8 +59,9 @@ def run(command: list[str], cache: Path) -> float:
 def this_arch() -> str:
     import torch
 
-    major, minor = torch.cuda.get_device_capability()
-    return str(10 * major + minor)
+    from megalm_kernels.launch import capability
+
+    return str(capability(torch.cuda.current_device()))
 
 
 def judge(found: dict[str, Any], before: set[str], after: set[str]) -> int:

@@ -126,12 +126,17 @@ def results(rows: Iterable[Row], ceilings: Ceilings) -> dict[str, Any]:
     }
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """The GPU, if it is one, and the processor."""
+def describe_processor() -> dict[str, Any]:
+    """Its name, and the cores that this process may use."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     model = next((text.split(":", 1)[1].strip() for text in lines if text.startswith("model name")), platform.machine())
-    found: dict[str, Any] = {"processor": model, "cores": len(os.sched_getaffinity(0))}
+    return {"processor": model, "cores": len(os.sched_getaffinity(0))}
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The GPU, if it is one, and the processor."""
+    found = describe_processor()
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         found |= {"gpu": gpu.name, "multiprocessors": gpu.multi_processor_count, "memory_bytes": gpu.total_memory}

@@ -22,7 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from megalm_kernels.arguments import check_device, check_dtype, check_kernel_dtype, check_probability, check_shape, refuse
+from megalm_kernels.arguments import (
+    check_device,
+    check_dtype,
+    check_kernel_dtype,
+    check_not_negative,
+    check_probability,
+    check_shape,
+    refuse,
+)
 from megalm_kernels.dispatch import implementation, kernel_op, register, triton_obstacle
 
 IGNORE = -100
@@ -160,9 +168,8 @@ def _check(
 def check_features(operation: str, label_smoothing: float, z_loss: float, softcap: float) -> None:
     """Raises ValueError unless 0 <= label_smoothing < 1 and the others are at least 0."""
     check_probability(operation, "label_smoothing", label_smoothing)
-    for name, value in (("z_loss", z_loss), ("softcap", softcap)):
-        if not value >= 0.0:
-            raise refuse(operation, name, value, "at least 0")
+    check_not_negative(operation, "z_loss", z_loss)
+    check_not_negative(operation, "softcap", softcap)
 
 
 def check_labels(operation: str, labels: Tensor, rows: Tensor, vocab_size: int, ignore_index: int) -> None:

@@ -16,6 +16,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from torch import Tensor
 from torch.library import CustomOpDef, custom_op, infer_schema
 
 from megalm_kernels import compat
+from megalm_kernels.launch import capability
+from megalm_kernels.tables import ARCHS
 
 BACKENDS = ("triton", "torch", "apex")
 PREFERENCE = ("triton", "torch")  # `auto` takes the first that is usable
-OLDEST_ARCH = 80
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,9 @@ def triton_obstacle(device_type: str) -> str:
         return "no GPU"
     if torch.version.hip:
         return "an AMD GPU, which the kernels were never tried on"
-    major, minor = torch.cuda.get_device_capability()
-    if 10 * major + minor < OLDEST_ARCH:
-        return f"the GPU is sm_{major}{minor}, the oldest that has block sizes is sm_{OLDEST_ARCH}"
+    arch, oldest = capability(torch.cuda.current_device()), min(ARCHS)
+    if arch < oldest:
+        return f"the GPU is sm_{arch}, the oldest that has block sizes is sm_{oldest}"
     return ""
 
 
@@ -161,9 +163,12 @@ def kernel_op(name: str, launcher: str, mutates: Sequence[str] = ()) -> Callable
     def decorate(plain: Callable[..., Any]) -> CustomOpDef:
         file, function = launcher.split(":")
 
+        @cache
+        def find() -> Callable[..., Any]:
+            return getattr(importlib.import_module(f"megalm_kernels.device.{file}"), function)
+
         def on_device(*args: Any, **kwargs: Any) -> Any:
-            module = importlib.import_module(f"megalm_kernels.device.{file}")
-            return getattr(module, function)(*args, **kwargs)
+            return find()(*args, **kwargs)
 
         def on_cpu(*args: Any, **kwargs: Any) -> Any:
             return (on_device if compat.interpreting() else plain)(*args, **kwargs)

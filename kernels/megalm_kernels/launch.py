@@ -70,7 +70,7 @@ def arch_of(device: torch.device) -> int:
     """Compute capability as two digits and a half: 80, 90, 100. The interpreter's is `INTERPRETED_ARCH`."""
     if _capture is not None:
         return _capture.arch
-    return _capability(device.index or 0) if device.type == "cuda" else INTERPRETED_ARCH
+    return capability(device.index or 0) if device.type == "cuda" else INTERPRETED_ARCH
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -83,7 +83,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @cache
-def _capability(index: int) -> int:
+def capability(index: int) -> int:
+    """Of a GPU by its number: 90 for sm_90."""
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 

@@ -134,7 +134,7 @@ def _check(
 
 # The dropout mask. device/norms.py has the same in Triton.
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the increment of splitmix64, as int64
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the increment of splitmix64, as int64
 _MASK32 = 0xFFFFFFFF
 
 
@@ -144,7 +144,7 @@ def keep_mask(seed: int, rows: Tensor, columns: int, probability: float) -> Tens
     A row's 64-bit key is splitmix64's finaliser (Steele, Lea and Flood 2014) of its id and the seed; its two halves enter
     murmur3's 32-bit finaliser (Appleby 2011) one after the other, because 32-bit products are cheap on a GPU.
     """
-    key = _mix64(_mix64(rows * _GOLDEN) + seed)
+    key = mix64(mix64(rows * GOLDEN) + seed)
     low, high = (key & _MASK32)[:, None], ((key >> 32) & _MASK32)[:, None]
     column = torch.arange(columns, device=rows.device) * 0x9E3779B1
     bits = _mix32(_mix32((column + low) & _MASK32) ^ high)
@@ -156,7 +156,8 @@ def threshold(probability: float) -> int:
     return int(probability * (1 << RESOLUTION))
 
 
-def _mix64(x: Tensor) -> Tensor:
+def mix64(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, which wraps around as unsigned does."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685  # 0x94D049BB133111EB
     return x ^ ((x >> 31) & ((1 << 33) - 1))  # >> copies the sign on int64
