@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,26 @@ def installed() -> bool:
 def interpreting() -> bool:
     """Whether this process runs Triton kernels in the interpreter, on the CPU (TRITON_INTERPRET=1, read once)."""
     return installed() and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def mend_parsing() -> None:
+    """Let one thread at a time parse a kernel's source; call before kernels are compiled in several threads.
+
+    Python 3.11 counts the depth of the tree that `ast.parse` builds in one place for all threads. Where the garbage collector
+    runs meanwhile and hands over to another thread that parses too, both end with a SystemError about a depth mismatch.
+    """
+    from triton.runtime.jit import JITCallable
+
+    parse, lock = JITCallable.parse, threading.Lock()
+    if getattr(parse, "mended", False):
+        return
+
+    def parse_alone(self: Any) -> Any:
+        with lock:
+            return parse(self)
+
+    parse_alone.mended = True  # type: ignore[attr-defined]
+    JITCallable.parse = parse_alone
 
 
 def mend_interpreter() -> None:

@@ -135,6 +135,7 @@ def _pretended_gpu(folder: Path) -> Iterator[_PretendedGPU]:
     """For the calls inside, and for every other thread: nothing may be launched meanwhile. `folder`: Triton's cache."""
     if compat.interpreting():
         raise RuntimeError("the compile gate cannot run under TRITON_INTERPRET=1, where nothing is compiled")
+    compat.mend_parsing()
     gpu, before = _PretendedGPU(), driver._active  # `driver.active` would look for a GPU
 
     def note(*, cache_hit: bool, **rest: Any) -> None:
@@ -160,6 +161,7 @@ def _compile(specimen: Specimen, gpu: _PretendedGPU) -> _Compiled:
         kernel = launch.kernel.warmup(*args, grid=launch.grid, **launch.meta, **OPTIONS)
     except Exception as error:  # the front end, the passes and ptxas each have kinds of their own
         said = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+        said += f" (from {error.__cause__!r})"[:300] if error.__cause__ else ""
     return _Compiled(kernel, said, time.perf_counter() - begin, gpu.thread.fresh or kernel is None)
 
 

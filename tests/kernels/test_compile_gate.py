@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,7 +17,7 @@ from triton import knobs
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
-from megalm_kernels import compile_gate, device, tables
+from megalm_kernels import compat, compile_gate, device, tables
 from megalm_kernels.compile_gate import Report, run_gate
 from megalm_kernels.cubin import SHARED_LIMITS
 from megalm_kernels.specimens import NoSpecimen
@@ -57,6 +60,34 @@ def test_every_kernel_that_is_shipped_passes_on_hopper() -> None:
 @pytest.mark.slow
 def test_every_kernel_that_is_shipped_passes() -> None:
     assert run_gate(tables.ARCHS).failures == []
+
+
+def test_two_threads_may_parse_while_garbage_is_collected() -> None:
+    """On Python 3.11 the two confuse each other about the depth of what they build (SystemError), unless they take turns."""
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            sum(range(100))  # bytecode, after which Python may hand over to another thread
+
+    def parse_often(kernel: Any) -> None:
+        for _ in range(100):
+            [Garbage() for _ in range(5)]
+            kernel.parse()
+
+    compat.mend_parsing()
+    kernel = importlib.import_module("megalm_kernels.device.norms")._norm_forward
+    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(10)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(parse_often, [kernel] * 2))
+    finally:
+        gc.set_threshold(*threshold)
+        sys.setswitchinterval(interval)
 
 
 def test_good_kernels_pass_and_are_compiled_once(toy: ModuleType) -> None:
