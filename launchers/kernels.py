@@ -36,10 +36,11 @@ def explain(config: KernelsRun) -> None:
     if config.explain.output == "json":
         print(json.dumps({"device": device, "operations": [asdict(choice) for choice in choices], **states}, indent=2))
         return
-    width = max(len(choice.operation) for choice in choices)
-    print(f"{'operation':{width}}  {'runs':8} why (on {device})")
+    width, runs = (max(len(getattr(choice, name)) for choice in choices) for name in ("operation", "backend"))
+    runs = max(runs, 8)  # as wide as the states below
+    print(f"{'operation':{width}}  {'runs':{runs}} why (on {device})")
     for choice in choices:
-        print(f"{choice.operation:{width}}  {choice.backend:8} {choice.reason}")
+        print(f"{choice.operation:{width}}  {choice.backend:{runs}} {choice.reason}")
     print("\n" + "\n".join(f"{name:8} {state}" for name, state in states.items()))
 
 
@@ -47,10 +48,11 @@ def _states(device: str) -> dict[str, str]:
     """What there is besides torch, in words."""
     from megalm_kernels import compat
     from megalm_kernels.apex import find_apex
+    from megalm_kernels.attention import hopper
     from megalm_kernels.dispatch import triton_obstacle
 
     found = f"{version('triton')}, {triton_obstacle(device) or 'can run here'}" if compat.installed() else "not installed"
-    return {"triton": found, "apex": find_apex().words}
+    return {"triton": found, "apex": find_apex().words, "hopper": f"warp-specialised attention is {hopper.state()}"}
 
 
 def compile_kernels(config: KernelsRun) -> None:

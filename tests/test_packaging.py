@@ -74,7 +74,9 @@ def test_every_yaml_is_shipped():
 
 def test_packages_hold_nothing_that_is_not_shipped():
     files = {file for package in SETUPTOOLS["packages"] for file in package_folder(package).iterdir() if file.is_file()}
-    left_out = {f for f in files if f.suffix not in (".py", ".pyc") and f.parent != ROOT / "conf"}
+    data = SETUPTOOLS["package-data"].items()
+    shipped = {file for package, patterns in data for pattern in patterns for file in package_folder(package).glob(pattern)}
+    left_out = {f for f in files - shipped if f.suffix not in (".py", ".pyc") and f.parent != ROOT / "conf"}
     assert not left_out, "list them under [tool.setuptools.package-data]"
 
 

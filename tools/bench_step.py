@@ -37,7 +37,7 @@ def measure(backend: str, told: list[str], corpus: str, steps: int, dry: bool) -
     from megalm.parallel.bootstrap import start_process_group, stop_process_group
     from megalm.parallel.topology import build_topology
     from megalm.train.build import build_job
-    from megalm.train.kernels import choose_kernels, describe
+    from megalm.train.kernels import choose_kernels, describe, facts_of
     from megalm.train.metrics import SpeedMeter, peak_memory_bytes
     from megalm.train.trainer import Trainer
     from megalm_kernels.benchmarks.harness import Stopwatch, measure_ceilings
@@ -49,7 +49,7 @@ def measure(backend: str, told: list[str], corpus: str, steps: int, dry: bool) -
     device = start_process_group(config.cluster)
     ceilings = measure_ceilings(Stopwatch(device, 0.2))
     topology = build_topology(config.parallel, device)
-    kernels = describe(choose_kernels(config.kernels, device.type))
+    kernels = describe(choose_kernels(config.kernels, device.type, facts_of(config)))
     corpus_found = corpus_of(config)
     trainer = Trainer(build_job(config, topology, corpus_found), RunState(data_fingerprint=corpus_found.fingerprint()), [])
     if device.type == "cuda":

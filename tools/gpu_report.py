@@ -1,6 +1,7 @@
 """Collect what tools/gpu_round.sh measured into one JSON file and a table: `python tools/gpu_report.py OUT`.
 
-Reads what the steps left in OUT; writes OUT/results/GPU/DATE.json, DATE.md beside it and the pictures in DATE/. The JSON holds
+Reads what the steps left in OUT; writes OUT/results/GPU/DATE.json, DATE.md beside it and the pictures in DATE/; with --table
+also the rows of attention into the table that `kernels.attention=auto` reads, over those of the same problems. The JSON holds
 `machine`, `versions` and `ceilings` of the first benchmark, `date`, `commit`, `steps` ({name: ok, failed}, of those that were
 run), `tests` ({step: counts}), `cache`, `parity`, `step` as their tools wrote them (null: not run), and `rows`, those of all
 benchmarks (their schema: kernels/benchmarks/report.py). exit 1: nothing was measured.
@@ -14,10 +15,13 @@ import re
 import shutil
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megalm_kernels.benchmarks.report import describe_commit
+from megalm_kernels.attention import choice
+from megalm_kernels.benchmarks import report
+from megalm_kernels.benchmarks.attention import read_shape
 
 ONES = ("cache", "parity", "step")
 
@@ -131,14 +135,29 @@ def publish(files: list[Path], folder: Path) -> str:
     return f"to be committed: {' and '.join(copies)}"
 
 
+def update_table(file: Path, found: dict[str, Any]) -> str:
+    """Put what was measured of attention into the table of attention/choice.py. What was done."""
+    if found["label"]:
+        return f"{file} stays as it is: {found['label']}"
+    rows = choice.rows_from(found, read_shape)
+    old = [row for row in choice.read(file) if _problem(row) not in set(map(_problem, rows))]
+    choice.write(file, [*old, *rows])
+    return f"{file}: {len(rows)} new rows, {len(old)} kept"
+
+
+def _problem(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("gpu", "torch", "triton", "head_dim", "causal", "seq_length", "direction"))
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("out", type=Path)
     parser.add_argument("--commit", default="", help="default: of the checkout that this file lies in")
     parser.add_argument("--publish", type=Path, metavar="FOLDER", help="put both files into FOLDER/GPU as well")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="attention's measured.json, to be brought up to date")
     options = parser.parse_args(arguments)
     try:
-        found = collect(options.out, options.commit or describe_commit(Path(__file__).resolve().parent))
+        found = collect(options.out, options.commit or report.describe_commit(Path(__file__).resolve().parent))
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 1
@@ -147,11 +166,12 @@ def main(arguments: list[str]) -> int:
     (folder / date).mkdir(parents=True, exist_ok=True)
     (folder / f"{date}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (folder / f"{date}.md").write_text(table(found), encoding="utf-8")
-    for picture in options.out.glob("bench-*/*.png"):
-        shutil.copy(picture, folder / date)
+    report.draw(found, folder / date)  # anew: steps share operations
     print(f"{folder}/{date}.json and .md: {len(found['rows'])} rows")
     if options.publish:
         print(publish([folder / f"{date}.json", folder / f"{date}.md"], options.publish / gpu))
+    if options.table:
+        print(update_table(options.table, found))
     return 0
 
 

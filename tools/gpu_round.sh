@@ -10,12 +10,15 @@
 # Needs a plain CUDA image: Python 3.12 (or $PYTHON) with pip, torch 2.11, triton 3.6; no network. Libraries that are missing
 # are installed into $GPU_ROUND_SITE (default: OUT/site) and nowhere else. A step that fails may be run again: what is done
 # stays done. The last step writes OUT/results/GPU/DATE.json and DATE.md, and OUT/round.tar.gz with the logs; in a git checkout
-# it also puts the two into benchmarks/results/GPU, where they are committed. $GPU_ROUND_COMMIT is the commit that the results
+# it also puts the two into benchmarks/results/GPU, and attention's rows into its measured.json, where they are committed. $GPU_ROUND_COMMIT is the commit that the results
 # name (default: the checkout's; unknown in a copy without .git), $GPU_ROUND_LIMIT the seconds that a step may take (570).
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-STEPS=(install tests-norms tests-rest cache bench-norms bench-adam bench-pointwise bench-loss parity step collect)
+STEPS=(
+    install tests-norms tests-attention tests-rest cache bench-norms bench-adam bench-pointwise bench-loss
+    bench-attention-64 bench-attention-64-causal bench-attention-128 bench-attention-128-causal bench-attention-rest parity step collect
+)
 LIMIT=${GPU_ROUND_LIMIT:-570} # seconds of a step
 PYTHON=${PYTHON:-python3}
 out=${GPU_ROUND_OUT:-$ROOT/runs/gpu_round} wheels=${GPU_ROUND_WHEELS:-} dry="" list="" all=""
@@ -148,9 +151,11 @@ device_tests() {
     rm -f "$out/$name.xml" # else that of an earlier run stands where this one is stopped
     limited "$PYTHON" -m pytest "${options[@]}" -m gpu --durations=5 --junitxml "$out/$name.xml"
 }
-SLOW=("$ROOT"/tests/kernels/device/test_{norms,cross_entropy,linear_cross_entropy}.py) # each file is in one of the two steps
+SLOW=("$ROOT"/tests/kernels/device/test_{norms,cross_entropy,linear_cross_entropy}.py) # each file is in one of the three steps
+ATTENTION=("$ROOT"/tests/kernels/device/test_attention*.py)
 step_tests-norms() { device_tests tests-norms "${SLOW[@]}"; }
-step_tests-rest() { device_tests tests-rest "$ROOT/tests/kernels/device" "${SLOW[@]/#/--ignore=}"; }
+step_tests-attention() { device_tests tests-attention "${ATTENTION[@]}"; }
+step_tests-rest() { device_tests tests-rest "$ROOT/tests/kernels/device" "${SLOW[@]/#/--ignore=}" "${ATTENTION[@]/#/--ignore=}"; }
 
 step_cache() { limited "$PYTHON" "$ROOT/tools/gpu_cache.py" ${dry:+--dry-run} --json "$out/cache.json"; }
 
@@ -164,6 +169,17 @@ step_bench-norms() { bench norms rms_norm layer_norm; }
 step_bench-adam() { bench adam fused_adam l2_norm; }
 step_bench-pointwise() { bench pointwise rotary swiglu geglu bias_gelu; }
 step_bench-loss() { bench loss cross_entropy linear_cross_entropy; }
+# All lengths of one head dimension under one mask.
+bench_attention() {
+    local shapes="x $2\$"
+    [ -z "$dry" ] || shapes="" # a CPU has another dimension
+    bench "attention-$1" attention --shapes "$shapes"
+}
+step_bench-attention-64() { bench_attention 64 64; }
+step_bench-attention-64-causal() { bench_attention 64-causal "64 causal"; }
+step_bench-attention-128() { bench_attention 128 128; }
+step_bench-attention-128-causal() { bench_attention 128-causal "128 causal"; }
+step_bench-attention-rest() { bench attention-rest attention_packed decode_attention; }
 
 step_parity() {
     local steps=20
@@ -180,7 +196,7 @@ step_step() {
 step_collect() {
     local publish=()
     if [ -z "$dry" ] && is_checkout && [ -w "$ROOT" ]; then
-        publish=(--publish "$ROOT/benchmarks/results")
+        publish=(--publish "$ROOT/benchmarks/results" --table "$ROOT/kernels/megalm_kernels/attention/measured.json")
     elif [ -z "$dry" ]; then
         echo "$ROOT is no git checkout that can be written: the results stay in $out/results"
     fi

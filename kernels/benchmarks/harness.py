@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from megalm_kernels import dispatch
-from megalm_kernels.benchmarks.report import Ceilings, Row
+from megalm_kernels.benchmarks.report import OURS, Ceilings, Row, is_ours
 
-OURS = "triton"
 EXACT = "fp64"  # stands for a provider where what all are compared with failed
 ON_CPU = ("torch", "reference")  # what a CPU runs: everything else is about GPUs
 NEEDS_GPU = "needs a GPU"
@@ -64,6 +63,7 @@ class Case:
     exact: the operation in plain torch, in the dtype it is given (fp64 here).
     gradients: which of the inputs get one; without any there is no backward.
     changed: of an update in place, the inputs (or what is made from them) that it is judged by.
+    size, group: where the picture is to have a line over sizes, the size of this case and the panel that it is in.
     """
 
     operation: str
@@ -77,6 +77,8 @@ class Case:
     bound: str = "bytes"
     gradients: tuple[int, ...] = ()
     changed: Callable[[list[Tensor]], list[Tensor]] | None = None
+    size: int = 0
+    group: str = ""
 
     def work(self) -> dict[str, Work]:
         """By direction."""
@@ -243,7 +245,8 @@ def measure(case: Case, stopwatch: Stopwatch, peers: Sequence[str] = ()) -> Iter
 def _blank(case: Case, provider: Provider) -> dict[str, Row]:
     """A row per direction, without numbers."""
     start = (case.operation, case.shape, _name(case.dtype), provider.name)
-    return {way: Row(*start, way, case.bound, work.bytes, work.flops) for way, work in case.work().items()}
+    place = {"size": case.size, "group": case.group}
+    return {way: Row(*start, way, case.bound, work.bytes, work.flops, **place) for way, work in case.work().items()}
 
 
 def _measure_provider(case: Case, provider: Provider, stopwatch: Stopwatch, exact: _Exact | None) -> Iterator[Row]:
@@ -257,7 +260,7 @@ def _measure_provider(case: Case, provider: Provider, stopwatch: Stopwatch, exac
                 yield _timed(row, case, function, stopwatch)
                 del rows[direction]  # done
     except (Absent, dispatch.Unavailable) as gap:
-        status = "failed" if provider.name == OURS else "absent"
+        status = "failed" if is_ours(provider.name) else "absent"
         yield from (replace(row, status=status, reason=str(gap)) for row in rows.values())
     except Exception as error:  # whatever a peer raises is a result, and must not end the others'
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

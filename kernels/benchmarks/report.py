@@ -21,21 +21,24 @@ The JSON file is one object:
         bound               the ceiling that counts: bytes or flops
         gb_per_second, tflops    bytes and flops over ms_p50
         percent_of_ceiling  of the measured copy rate, or of the measured matrix product
-        ratio_to_best_peer  ms_p50 of the fastest other provider over this one's; above 1: this one is the fastest
+        ratio_to_best_peer  ms_p50 of the fastest other provider over this one's; above 1: this one is the fastest. Variants
+                            of ours are no peers of each other
         error               distance from fp64, |x - exact| / |exact|, the worst output (forward) or gradient (backward, full)
         peak_memory_bytes   most memory in forward and backward beyond the inputs
         changes_inputs      whether it overwrote what it was given, where the operation is not an update in place
+        size, group         where the picture has lines over sizes: how far along, and in which panel; else 0 and empty
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -43,8 +46,9 @@ from typing import Any
 
 import torch
 
+OURS = "triton"  # and its variants, "triton NAME"
 CPU_LABEL = "cpu smoke, not a speed claim"
-_PACKAGES = ("torch", "triton", "liger-kernel", "deepspeed", "apex")
+_PACKAGES = ("torch", "triton", "liger-kernel", "deepspeed", "apex", "flash-attn")
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,17 @@ class Row:
     error: float | None = None
     peak_memory_bytes: int | None = None
     changes_inputs: bool | None = None
+    size: int = 0
+    group: str = ""
 
     @property
     def subject(self) -> tuple[str, str, str, str]:
         """What the providers compete in."""
         return self.operation, self.shape, self.dtype, self.direction
+
+
+def is_ours(provider: str) -> bool:
+    return provider.split(" ")[0] == OURS
 
 
 def complete(rows: Sequence[Row], ceilings: Ceilings) -> list[Row]:
@@ -98,7 +108,8 @@ def _complete(row: Row, rows: Sequence[Row], ceilings: Ceilings) -> Row:
     assert row.ms_p50
     rate, tflops = row.bytes / row.ms_p50 / 1e6, row.flops / row.ms_p50 / 1e9
     share = tflops / ceilings.gemm_tflops if row.bound == "flops" else rate / ceilings.copy_gb_per_second
-    others = [other.ms_p50 for other in rows if other.subject == row.subject and other.provider != row.provider and other.ms_p50]
+    rivals = (other for other in rows if other.subject == row.subject and other.provider != row.provider)
+    others = [other.ms_p50 for other in rivals if other.ms_p50 and not (is_ours(other.provider) and is_ours(row.provider))]
     ratio = min(others) / row.ms_p50 if others else None
     return replace(row, gb_per_second=rate, tflops=tflops, percent_of_ceiling=100 * share, ratio_to_best_peer=ratio)
 
@@ -119,9 +130,9 @@ def circumstances(ceilings: Ceilings, device: torch.device, quick: bool, commit:
 def results(rows: Iterable[Row], ceilings: Ceilings) -> dict[str, Any]:
     """What goes into the JSON file at the end."""
     found = list(rows)
-    absent = {(row.operation, row.provider): row.reason for row in found if row.status == "absent"}
+    absent = dict.fromkeys((row.operation, row.provider, row.reason) for row in found if row.status == "absent")
     return {
-        "absent": [{"operation": key[0], "provider": key[1], "reason": why} for key, why in absent.items()],
+        "absent": [dict(zip(("operation", "provider", "reason"), gap, strict=True)) for gap in absent],
         "rows": [asdict(row) for row in complete([row for row in found if row.status != "absent"], ceilings)],
     }
 
@@ -178,14 +189,14 @@ def describe_commit(folder: Path) -> str:
 def headline() -> str:
     """What stands above the lines of the table."""
     return (
-        f"{'operation':<21} {'shape':<26} {'dtype':<9} {'direction':<9} {'provider':<14} {'p50 ms':>9} {'p20-p80':>15} "
+        f"{'operation':<21} {'shape':<26} {'dtype':<9} {'direction':<9} {'provider':<16} {'p50 ms':>9} {'p20-p80':>15} "
         f"{'host us':>8} {'GB/s':>7} {'TFLOP/s':>8} {'% top':>6} {'x best':>6} {'error':>8} {'MiB':>8}"
     )
 
 
 def line(row: Row) -> str:
     """One row of the table."""
-    start = f"{row.operation:<21} {row.shape:<26} {row.dtype:<9} {row.direction:<9} {row.provider:<14} "
+    start = f"{row.operation:<21} {row.shape:<26} {row.dtype:<9} {row.direction:<9} {row.provider:<16} "
     if row.status != "ok" or row.ms_p50 is None:
         return f"{start}{row.status}: {row.reason}"
     memory = _number(row.peak_memory_bytes / 2**20 if row.peak_memory_bytes is not None else None, "8.0f")
@@ -231,7 +242,7 @@ def write(found: dict[str, Any], folder: Path) -> Path:
 
 
 def draw(found: dict[str, Any], folder: Path) -> list[Path]:
-    """A picture per operation, FOLDER/OPERATION.png: a bar per provider and shape, the ceiling as a line.
+    """A picture per operation, FOLDER/OPERATION.png, the ceiling as a line: a bar per provider and shape, or lines over sizes.
 
     Empty where matplotlib is not installed; none of an operation that nobody could run.
     """
@@ -241,7 +252,8 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
     paths = []
     for operation in dict.fromkeys(row.operation for row in rows):
         path = folder / f"{operation}.png"
-        _draw(operation, [row for row in rows if row.operation == operation], found, path)
+        mine = [row for row in rows if row.operation == operation]
+        _draw(mine, found, path, _lines if all(row.size for row in mine) else _bars)
         paths.append(path)
     return paths
 
@@ -257,27 +269,65 @@ def _can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _draw(operation: str, rows: Sequence[Row], found: dict[str, Any], path: Path) -> None:
+def _draw(rows: Sequence[Row], found: dict[str, Any], path: Path, fill: Callable[[Any, Sequence[Row], list[str]], None]) -> None:
+    """A panel per group and direction; `fill` draws the rows of one. Bars need the width: theirs stand below each other."""
     from matplotlib.figure import Figure
 
-    directions = list(dict.fromkeys(row.direction for row in rows))
+    directions, groups = (list(dict.fromkeys(getattr(row, of) for row in rows)) for of in ("direction", "group"))
     providers = list(dict.fromkeys(row.provider for row in rows))
     flops = any(row.bound == "flops" for row in rows)
     ceiling = found["ceilings"]["gemm_tflops" if flops else "copy_gb_per_second"]
-    figure = Figure(figsize=(10, 3.2 * len(directions)), layout="constrained")
-    panels = figure.subplots(len(directions), 1, squeeze=False)[:, 0]
-    for panel, direction in zip(panels, directions, strict=True):
-        here = [row for row in rows if row.direction == direction]
-        places = {label: i for i, label in enumerate(dict.fromkeys(f"{row.shape}\n{row.dtype}" for row in here))}
-        width = 0.8 / max(1, len(providers))
-        for i, provider in enumerate(providers):
-            mine = [row for row in here if row.provider == provider]
-            x = [places[f"{row.shape}\n{row.dtype}"] + (i - (len(providers) - 1) / 2) * width for row in mine]
-            panel.bar(x, [(row.tflops if flops else row.gb_per_second) or 0.0 for row in mine], width, label=provider)
+    columns = 1 if fill is _bars else len(directions)
+    subjects = list(itertools.product(groups, directions))
+    height = len(subjects) // columns
+    figure = Figure(figsize=(10 if columns == 1 else 1 + 4.2 * columns, 0.8 + 3.2 * height), layout="constrained")
+    panels = list(figure.subplots(height, columns, squeeze=False).flat)
+    for panel, (group, direction) in zip(panels, subjects, strict=True):
+        fill(panel, [row for row in rows if (row.group, row.direction) == (group, direction)], providers)
         panel.axhline(ceiling, color="black", linewidth=1, linestyle="--", label="measured ceiling")
-        panel.set_xticks(list(places.values()), list(places), fontsize=8)
+        panel.set_ylim(bottom=0)
         panel.set_ylabel("TFLOP/s" if flops else "GB/s")
-        panel.set_title(f"{operation}, {direction}", fontsize=10)
-    panels[0].legend(fontsize=8, ncols=len(providers) + 1)
-    figure.suptitle(" - ".join(part for part in (found["machine"].get("gpu", "CPU"), found["label"]) if part), fontsize=11)
+        panel.set_title(f"{group}\n{direction}" if group else f"{rows[0].operation}, {direction}", fontsize=10)
+    figure.legend(*_legend(panels), fontsize=8, ncols=min(6, len(providers) + 1), loc="outside lower center")
+    title = (found["machine"].get("gpu", "CPU"), rows[0].operation, found["label"])
+    figure.suptitle(" - ".join(part for part in title if part), fontsize=11)
     figure.savefig(path, dpi=100)
+
+
+def _legend(panels: Iterable[Any]) -> tuple[list[Any], list[str]]:
+    """Every label once: not every provider is in every panel."""
+    known = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    return list(known.values()), list(known)
+
+
+def _rate(row: Row) -> float:
+    return (row.tflops if row.bound == "flops" else row.gb_per_second) or 0.0
+
+
+def _bars(panel: Any, rows: Sequence[Row], providers: list[str]) -> None:
+    """Beside each other for each shape."""
+    places = {label: i for i, label in enumerate(dict.fromkeys(f"{row.shape}\n{row.dtype}" for row in rows))}
+    width = 0.8 / max(1, len(providers))
+    for i, provider in enumerate(providers):
+        mine = [row for row in rows if row.provider == provider]
+        x = [places[f"{row.shape}\n{row.dtype}"] + (i - (len(providers) - 1) / 2) * width for row in mine]
+        panel.bar(x, [_rate(row) for row in mine], width, color=_colour(i), label=provider)
+    panel.set_xticks(list(places.values()), list(places), fontsize=8)
+
+
+def _lines(panel: Any, rows: Sequence[Row], providers: list[str]) -> None:
+    """One per provider over sizes that double; ours are thick."""
+    for i, provider in enumerate(providers):
+        mine = sorted((row for row in rows if row.provider == provider), key=lambda row: row.size)
+        if mine:
+            x, y = [row.size for row in mine], [_rate(row) for row in mine]
+            width = 2.4 if is_ours(provider) else 1.2
+            panel.plot(x, y, marker="o", markersize=4, linewidth=width, color=_colour(i), label=provider)
+    sizes = sorted({row.size for row in rows})
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+    panel.minorticks_off()
+
+
+def _colour(number: int) -> str:
+    return f"C{number}"  # of matplotlib's ten

@@ -2,9 +2,15 @@
 
 from megalm_kernels.activations import bias_gelu, bias_gelu_reference, geglu, geglu_reference, swiglu, swiglu_reference
 from megalm_kernels.apex import Apex, find_apex
+from megalm_kernels.attention import (
+    decode_attention,
+    decode_attention_reference,
+    flash_attention,
+    flash_attention_reference,
+    merge_attention,
+)
 from megalm_kernels.cross_entropy import cross_entropy, cross_entropy_gradient, cross_entropy_reference, cross_entropy_statistics
 from megalm_kernels.dispatch import Choice, Unavailable, choose, explain, use
-from megalm_kernels.flash_attention import flash_attention, flash_attention_reference
 from megalm_kernels.fused_adam import fused_adam, fused_adam_reference
 from megalm_kernels.l2_norm import l2_norm, l2_norm_reference
 from megalm_kernels.linear_cross_entropy import (
@@ -30,6 +36,8 @@ __all__ = [
     "cross_entropy_gradient",
     "cross_entropy_reference",
     "cross_entropy_statistics",
+    "decode_attention",
+    "decode_attention_reference",
     "explain",
     "flash_attention",
     "flash_attention_reference",
@@ -43,6 +51,7 @@ __all__ = [
     "linear_cross_entropy_gradient",
     "linear_cross_entropy_reference",
     "linear_cross_entropy_statistics",
+    "merge_attention",
     "FusedAdamW",
     "LayerNorm",
     "RMSNorm",

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import threading
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 
@@ -19,6 +20,20 @@ def installed() -> bool:
 def interpreting() -> bool:
     """Whether this process runs Triton kernels in the interpreter, on the CPU (TRITON_INTERPRET=1, read once)."""
     return installed() and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def version() -> str:
+    """Triton's."""
+    import triton
+
+    return triton.__version__
+
+
+def cache_folder() -> Path:
+    """Where Triton keeps what it has compiled."""
+    from triton import knobs
+
+    return Path(knobs.cache.dir)
 
 
 def mend_parsing() -> None:

@@ -7,7 +7,8 @@ decided inside a forward, and `explain()` says what runs and why the others do n
     triton   the kernels in device/: on a GPU of sm_80 or newer, and on the CPU under TRITON_INTERPRET=1
     apex     NVIDIA's apex where it is installed with its CUDA extensions; only when asked for by name
 
-`auto` takes triton where it can run, else torch.
+Attention has more: sdpa, which is torch's there, cudnn and reference. `auto` takes triton where it can run, else torch; an
+operation may have an order of its own (`prefer`), as attention has by what was measured (attention/choice.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megalm_kernels import compat
 from megalm_kernels.launch import capability
 from megalm_kernels.tables import ARCHS
 
-BACKENDS = ("triton", "torch", "apex")
+BACKENDS = ("triton", "torch", "apex", "sdpa", "cudnn", "reference")
 PREFERENCE = ("triton", "torch")  # `auto` takes the first that is usable
 
 
@@ -54,7 +55,18 @@ class _Implementation:
     obstacle: Callable[[str], str]  # device type -> why it cannot run there; empty: it can
 
 
+@dataclass(frozen=True)
+class Order:
+    """What `auto` tries, the best first; why that is the best; and what was left out, in words."""
+
+    backends: Sequence[str]
+    reason: str
+    left_out: Sequence[str] = ()
+
+
+Facts = Mapping[str, Any]  # what is known of the calls to come: head_dim, precision
 _registry: dict[str, dict[str, _Implementation]] = {}
+_orders: dict[str, Callable[[str, Facts], Order]] = {}
 _chosen: dict[str, tuple[Callable[..., Any], Choice]] = {}
 
 
@@ -65,12 +77,19 @@ def register(
     _registry.setdefault(operation, {})[backend] = _Implementation(function, obstacle)
 
 
-def choose(backend: str = "auto", device_type: str = "", operations: Mapping[str, str] | None = None) -> list[Choice]:
+def prefer(operation: str, order: Callable[[str, Facts], Order]) -> None:
+    """Let `order(device type, facts)` say what `auto` tries for `operation`, instead of PREFERENCE."""
+    _orders[operation] = order
+
+
+def choose(
+    backend: str = "auto", device_type: str = "", operations: Mapping[str, str] | None = None, facts: Facts | None = None
+) -> list[Choice]:
     """Choose one implementation for every operation; later calls replace the choice. Raises Unavailable if one has none.
 
     backend: for all of them, of which `operations` names exceptions ({"rms_norm": "apex"}; "auto" there: as `backend`).
     A backend that some operation does not have at all leaves that one on auto. device_type: cuda where there is a GPU.
-    Other names raise ValueError.
+    facts: what is known of the calls to come, for operations whose order depends on it. Other names raise ValueError.
     """
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if device_type not in ("cpu", "cuda"):
@@ -81,7 +100,7 @@ def choose(backend: str = "auto", device_type: str = "", operations: Mapping[str
     unknown = sorted(named.keys() - _registry.keys())
     if unknown:
         raise ValueError(f"no operation is called {unknown[0]}; there are {', '.join(sorted(_registry))}")
-    picked = {name: _pick(name, named.get(name, backend), device_type, name in named) for name in _registry}
+    picked = {name: _pick(name, named.get(name, backend), device_type, name in named, facts or {}) for name in _registry}
     _chosen.clear()
     _chosen.update(picked)
     return explain()
@@ -104,15 +123,23 @@ def use(backend: str = "", device_type: str = "", **operations: str) -> Iterator
         _chosen.update(before)
 
 
-def _pick(operation: str, backend: str, device_type: str, by_name: bool) -> tuple[Callable[..., Any], Choice]:
+def _usual_order(device_type: str, facts: Facts) -> Order:
+    return Order(PREFERENCE, "the fastest here")
+
+
+def _pick(
+    operation: str, backend: str, device_type: str, by_name: bool, facts: Facts
+) -> tuple[Callable[..., Any], Choice]:
     has = _registry[operation]
     asked = backend != "auto" and (by_name or backend in has)
+    order = Order((backend,), "asked for") if asked else _orders.get(operation, _usual_order)(device_type, facts)
     passed_over = [] if asked or backend in ("auto", *PREFERENCE) else [f"{backend}: has none"]
-    for name in (backend,) if asked else PREFERENCE:
+    passed_over += order.left_out
+    for name in order.backends:
         obstacle = has[name].obstacle(device_type) if name in has else "has none"
         if not obstacle:
-            best = "TRITON_INTERPRET=1, slowly" if name == "triton" and compat.interpreting() else "the fastest here"
-            why = "asked for" if asked else "; ".join(passed_over) or best
+            interpreted = not asked and name == "triton" and compat.interpreting()
+            why = "; ".join(passed_over) or ("TRITON_INTERPRET=1, slowly" if interpreted else order.reason)
             return has[name].function, Choice(operation, name, why)
         passed_over.append(f"{name}: {obstacle}")
     raise Unavailable(operation, backend, device_type, f"{'; '.join(passed_over)} (it has {', '.join(sorted(has))})")

@@ -59,11 +59,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         _capture.launches.append(Launch(kernel, grid, args, meta))
         return
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    if device.type == "cuda":
+        from triton import set_allocator  # dispatch imports this file, and must not need triton
+
+        set_allocator(_workspace)  # each time: it is per thread, and a backward runs in autograd's own
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **meta, **OPTIONS)
     else:
         kernel[grid](*args, **meta, **OPTIONS)
+
+
+def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the tensor descriptors that programs make."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def arch_of(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import JITFunction
 
 from megalm_kernels import device, tables
@@ -84,6 +85,8 @@ def identity(launch: Launch) -> tuple:
 def _kind(arg: Any, param: Any) -> object:
     if isinstance(arg, int) and not isinstance(arg, bool) and param.do_not_specialize:
         return arg.bit_length() < 32
+    if isinstance(arg, TensorDescriptor):
+        return arg.base.dtype, tuple(arg.block_shape), repr(arg.layout)
     if param.is_constexpr or not isinstance(arg, int | float | Tensor):
         return repr(arg)
     if isinstance(arg, Tensor):
@@ -123,6 +126,6 @@ def _left_out(
     }
     sources = " ".join(value.src for value in jitted.values())
     for (file, name), value in jitted.items():
-        called = len(re.findall(rf"\b{name}\(", sources)) > 1  # by another kernel; its own definition is one
+        called = len(re.findall(rf"\b{name}[(,]", sources)) > 1  # by another kernel; its own definition is one
         if id(value) not in launched and not called:
             yield f"kernel {name} in {file}: no specimen launches it"

@@ -130,3 +130,116 @@ _table("column_sums", [Row(0, dict(ROWS=32, BLOCK=32, num_warps=4))])
 _BY_COLUMNS = [Row(1024, dict(BLOCK=1024, num_warps=4)), Row(0, dict(BLOCK=4096, num_warps=8))]
 _table("cross_entropy_statistics", _BY_COLUMNS)
 _table("cross_entropy_gradient", _BY_COLUMNS)
+
+# attention_decode, for elements of 16 and of 32 bits: a row limit is the width of a head, rounded up to a power of two. ROWS:
+# queries of a program; BLOCK: its keys at a time. fp32 multiplies without tensor cores, where rows cost registers.
+_table(
+    "attention_decode_16",
+    [
+        Row(64, dict(ROWS=16, BLOCK=128, num_warps=4, num_stages=3)),
+        Row(128, dict(ROWS=16, BLOCK=64, num_warps=4, num_stages=3)),
+        Row(256, dict(ROWS=16, BLOCK=32, num_warps=4, num_stages=3)),
+    ],
+)
+_table(
+    "attention_decode_16_several",
+    [
+        Row(64, dict(ROWS=64, BLOCK=64, num_warps=4, num_stages=2)),
+        Row(128, dict(ROWS=64, BLOCK=32, num_warps=4, num_stages=3)),
+        Row(256, dict(ROWS=64, BLOCK=32, num_warps=8, num_stages=2)),
+    ],
+)
+_table(
+    "attention_decode_32",
+    [
+        Row(64, dict(ROWS=16, BLOCK=32, num_warps=4, num_stages=3)),
+        Row(256, dict(ROWS=16, BLOCK=16, num_warps=4, num_stages=2)),
+    ],
+)
+_table("attention_decode_merge", [Row(128, dict(BLOCK=32, num_warps=4)), Row(256, dict(BLOCK=16, num_warps=4))])
+
+# attention_forward: a row limit is the head dimension. ptxas keeps to 255 registers, and without spilling on Triton 3.6 and
+# 3.9: on sm_90 64 wide 108 to 128 of them, so that two programs share a multiprocessor and one computes exponentials while the
+# other multiplies; 128 wide 195 to 254. There a bound of 128 registers is met without spilling, but ptxas then waits for every
+# product by itself. On sm_80 each warp holds all keys of a tile. What Philox takes, tiles give: _dropout.
+
+
+def _attention(queries: int, keys: int, warps: int, stages: int) -> dict[str, Any]:
+    return dict(BLOCK_Q=queries, BLOCK_K=keys, num_warps=warps, num_stages=stages)
+
+
+_table(
+    "attention_forward_16",
+    [Row(64, _attention(128, 64, 8, 2)), Row(128, _attention(128, 32, 8, 2)), Row(256, _attention(64, 32, 8, 2))],
+    sm_80=[
+        Row(64, _attention(128, 64, 8, 3)),
+        Row(96, _attention(128, 32, 8, 3)),  # the bound of a width that is no power of two costs registers
+        Row(128, _attention(128, 64, 8, 2)),
+        Row(256, _attention(32, 32, 4, 2)),
+    ],
+    sm_90=[Row(64, _attention(128, 64, 8, 3)), Row(128, _attention(128, 128, 8, 2)), Row(256, _attention(128, 64, 8, 2))],
+)
+_table(
+    "attention_forward_16_dropout",
+    [Row(64, _attention(128, 32, 8, 2)), Row(128, _attention(128, 32, 8, 2)), Row(256, _attention(64, 32, 8, 2))],
+    sm_80=[Row(64, _attention(128, 32, 8, 3)), Row(128, _attention(128, 32, 8, 3)), Row(256, _attention(32, 32, 4, 2))],
+    sm_90=[Row(64, _attention(128, 64, 8, 3)), Row(128, _attention(128, 32, 8, 3)), Row(256, _attention(64, 32, 8, 2))],
+)
+_table(  # multiplied without tensor cores; ptxas of sm_90 on keeps whole rows of both tiles in registers
+    "attention_forward_32",
+    [Row(64, _attention(32, 32, 8, 2)), Row(128, _attention(16, 16, 8, 1)), Row(256, _attention(16, 16, 8, 1))],
+    sm_80=[Row(128, _attention(32, 32, 4, 2)), Row(256, _attention(16, 16, 8, 1))],
+)
+
+# attention_backward: a row limit is the head dimension; dkdv goes through queries, dq through keys, backward does both in one
+# pass. None spills on Triton 3.6 or 3.9. _more: with ALiBi, softcap or dropout, of 16 bits alone.
+_table(
+    "attention_dkdv_16",
+    [Row(64, _attention(64, 64, 8, 1)), Row(128, _attention(32, 64, 8, 1)), Row(256, _attention(32, 32, 8, 1))],
+    sm_80=[Row(64, _attention(32, 64, 8, 2)), Row(128, _attention(64, 64, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
+    sm_90=[Row(64, _attention(64, 128, 8, 2)), Row(128, _attention(32, 128, 8, 2)), Row(256, _attention(16, 64, 8, 2))],
+)
+_table(
+    "attention_dkdv_16_more",
+    [Row(64, _attention(32, 64, 8, 1)), Row(128, _attention(32, 64, 8, 1)), Row(256, _attention(16, 32, 8, 1))],
+    sm_80=[Row(64, _attention(32, 64, 8, 2)), Row(128, _attention(32, 64, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
+    sm_90=[Row(64, _attention(32, 128, 8, 2)), Row(128, _attention(32, 64, 8, 2)), Row(256, _attention(32, 32, 8, 2))],
+)
+_table(
+    "attention_dq_16",
+    [Row(64, _attention(64, 64, 8, 1)), Row(128, _attention(64, 32, 8, 1)), Row(256, _attention(32, 32, 8, 1))],
+    sm_80=[Row(64, _attention(128, 64, 8, 2)), Row(128, _attention(64, 64, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
+    sm_90=[Row(64, _attention(128, 128, 8, 2)), Row(128, _attention(128, 64, 8, 2)), Row(256, _attention(64, 32, 4, 2))],
+)
+_table(
+    "attention_dq_16_more",
+    [Row(64, _attention(32, 32, 8, 1)), Row(128, _attention(32, 32, 8, 1)), Row(256, _attention(32, 32, 8, 1))],
+    sm_80=[Row(64, _attention(64, 32, 8, 2)), Row(128, _attention(64, 32, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
+    sm_90=[Row(64, _attention(128, 64, 8, 2)), Row(128, _attention(128, 32, 8, 2)), Row(256, _attention(64, 16, 8, 2))],
+)
+_table(
+    "attention_backward_16",
+    [Row(64, _attention(32, 64, 8, 1)), Row(128, _attention(32, 64, 8, 1)), Row(256, _attention(16, 32, 8, 1))],
+    sm_80=[Row(64, _attention(32, 64, 8, 2)), Row(128, _attention(64, 64, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
+    sm_90=[Row(64, _attention(64, 128, 8, 2)), Row(128, _attention(32, 128, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
+)
+_table(
+    "attention_backward_16_more",
+    [Row(64, _attention(32, 32, 8, 1)), Row(128, _attention(32, 32, 8, 1)), Row(256, _attention(16, 16, 8, 1))],
+    sm_80=[Row(64, _attention(32, 32, 8, 2)), Row(128, _attention(32, 32, 8, 2)), Row(256, _attention(16, 32, 8, 1))],
+    sm_90=[Row(64, _attention(32, 64, 8, 2)), Row(128, _attention(32, 64, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
+)
+for _kernel in ("dkdv", "dq", "backward"):
+    _table(f"attention_{_kernel}_32", [Row(128, _attention(32, 32, 8, 1)), Row(256, _attention(16, 16, 8, 1))])
+_table("attention_delta", [Row(0, dict(BLOCK=64, num_warps=4))])
+
+# attention_hopper, of sm_90 alone: a row limit is the head dimension. STAGES: buffers of keys and of values; of the 65536
+# registers of a multiprocessor the two groups that compute get 240 per thread each, the warps beside the loading one 24.
+_table(
+    "attention_hopper",
+    [],
+    sm_90=[
+        Row(64, dict(STAGES=3, COMPUTE_REGISTERS=240, LOAD_REGISTERS=24, num_warps=4)),
+        Row(128, dict(STAGES=2, COMPUTE_REGISTERS=240, LOAD_REGISTERS=24, num_warps=4)),
+    ],
+)

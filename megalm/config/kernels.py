@@ -7,7 +7,7 @@ from typing import Any
 
 from megalm.config.knobs import knob
 
-_PLAIN = ("auto", "torch")
+_ATTENTION = ("auto", "triton", "sdpa", "cudnn", "reference")
 _TRITON = ("auto", "triton", "torch")
 _APEX = ("auto", "triton", "torch", "apex")
 
@@ -29,7 +29,9 @@ class KernelsConfig:
     rotary: str = _operation(_TRITON)
     swiglu: str = _operation(_TRITON)
     cross_entropy: str = _operation(_TRITON)
-    flash_attention: str = _operation(_PLAIN)
+    attention: str = knob(
+        "auto", "auto: as kernels.backend, whose torch is sdpa, or what was measured to be faster", allowed=_ATTENTION
+    )
     fuse_projections: bool = knob(False, "q, k and v in one matrix product, and gate and up; the parameters stay apart")
 
     def operations(self) -> dict[str, str]:
@@ -40,4 +42,4 @@ class KernelsConfig:
 
 # The operations that run Triton kernels. What training does not call follows `backend`; the last runs those of cross_entropy.
 _CHOSEN = tuple(f.name for f in fields(KernelsConfig) if f.name != "backend" and "triton" in f.metadata["allowed"])
-KERNELS = (*_CHOSEN, "l2_norm", "geglu", "bias_gelu", "linear_cross_entropy")
+KERNELS = (*_CHOSEN, "l2_norm", "geglu", "bias_gelu", "decode_attention", "linear_cross_entropy")

@@ -9,7 +9,11 @@ from megalm.config.kernels import KERNELS, KernelsConfig
 from megalm.config.knobs import knob, section
 from megalm.config.parallel import USUALLY_TWO, ParallelConfig
 
-PEERS = ("torch", "apex", "torch.compile", "torch fused", "torch foreach", "foreach", "liger", "deepspeed")  # of benchmarks
+BENCHMARKS = (*KERNELS, "attention_packed")
+PEERS = (  # in benchmarks
+    "torch", "apex", "torch.compile", "torch fused", "torch foreach", "torch chunked", "foreach", "liger", "deepspeed",
+    "triton unordered", "triton plain", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex", "flash-attn 2", "flash-attn 3",
+)  # fmt: skip
 
 
 @dataclass
@@ -114,7 +118,7 @@ class CompileConfig:
 class BenchConfig:
     """megalm kernels bench: time every operation beside its peers, under the ceilings measured in the same process."""
 
-    ops: list[str] = knob([], "operations; empty: all", allowed=KERNELS)
+    ops: list[str] = knob([], "operations; empty: all", allowed=BENCHMARKS)
     device: str = knob("auto", "auto: cuda where there is a GPU, else cpu", allowed=("auto", "cpu", "cuda"))
     quick: bool = knob(False, "few sizes and repetitions")
     peers: list[str] = knob([], "besides ours; empty: all that are installed", allowed=PEERS)

@@ -60,6 +60,7 @@ def count_block_activations(
     sequence_parallel: bool = False,
     fused: bool = False,
     triton: bool = False,
+    scores: int = 0,
 ) -> float:
     """Bytes per token that one block keeps on one rank from its forward to its backward, its input included.
 
@@ -67,6 +68,7 @@ def count_block_activations(
     result and fp32 logarithms of sums (flash attention), the masks of dropout are 1 byte, and norms keep fp32 statistics.
     `fused` (kernels.fuse_projections): rotary turns copies of q and k, and the product they lie in stays for v's sake.
     `triton` (kernels.swiglu): the kernel computes silu(gate) again in the backward; torch's operators keep it.
+    `scores` (kernels.attention=reference): of how many keys attention keeps the scores after all.
     """
     t, s = tensor_parallel, tensor_parallel if sequence_parallel else 1
     llama, e = config.architecture == "llama", element_bytes
@@ -76,6 +78,8 @@ def count_block_activations(
     q = config.num_heads * config.head_dim * e / t
     kv = max(config.num_kv_heads / t, 1) * config.head_dim * e  # each rank has a head, if need be a copy
     attention = q + 2 * kv + q + 4 * config.num_heads / t  # q, k, v, result, logarithms
+    if scores:
+        attention = _count_reference(config, recompute, q, kv, scores, t)
     inner = config.ffn_size * e / t
     if recompute == "selective":  # results of products, of attention and of collectives
         kept = 2 * hidden + attention + inner * (2 if llama else 1) + (2 * gathered if s > 1 else 0)
@@ -84,6 +88,15 @@ def count_block_activations(
     statistics = 2 * (4 if llama else 8) / s
     masks = 2 * config.hidden_size / s if config.dropout else 0
     return 2 * (hidden + gathered) + attention + inner * (2 if not llama else 3 if triton else 4) + statistics + masks
+
+
+def _count_reference(config: ModelConfig, recompute: str, q: float, kv: float, scores: int, tensor_parallel: int) -> float:
+    """Attention by its reference: q, k and v in fp32 with a copy of k and v per head, scores and shares, result, logarithms."""
+    heads = config.num_heads / tensor_parallel
+    wide = 4 * heads * config.head_dim
+    if recompute == "selective":  # q, k, v, and the results of both products, in fp32
+        return q + 2 * kv + wide + 4 * heads * scores
+    return 3 * wide + q + 4 * heads + 8 * heads * scores
 
 
 def count_block_waiting(config: ModelConfig, element_bytes: int, tensor_parallel: int = 1) -> float:

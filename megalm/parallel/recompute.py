@@ -27,12 +27,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from megalm.parallel.topology import Group
+from megalm_kernels.attention.operators import attention_forward_op
 
 _PRODUCTS = (
     "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
 )  # fmt: skip
-PRODUCTS = frozenset(getattr(torch.ops.aten, name).default for name in _PRODUCTS)
+_KERNELS = (attention_forward_op._opoverload,)
+PRODUCTS = frozenset((*(getattr(torch.ops.aten, name).default for name in _PRODUCTS), *_KERNELS))
 _COPIES = frozenset((torch.ops.aten.clone.default, torch.ops.aten.stack.default, torch.ops.aten.cat.default))
 
 

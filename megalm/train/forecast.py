@@ -164,8 +164,9 @@ def _kept_by_block(config: RunConfig, mode: str) -> float:
     """Bytes that one block keeps of one microbatch."""
     parallel, fused = config.parallel, config.kernels.fuse_projections and config.parallel.zero < 3
     sizes = (ITEM_BYTES[config.train.precision], parallel.tensor_parallel, parallel.sequence_parallel)
-    per_token = count_block_activations(config.model, mode, *sizes, fused=fused, triton=_on_triton(config, "swiglu"))
-    return per_token * _tokens(config)
+    scores = config.data.seq_length if config.kernels.attention == "reference" else 0
+    triton = _on_triton(config, "swiglu")
+    return count_block_activations(config.model, mode, *sizes, fused=fused, triton=triton, scores=scores) * _tokens(config)
 
 
 def _on_triton(config: RunConfig, operation: str) -> bool:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
+from typing import Any
 
 import megalm_kernels
 from megalm.config.kernels import KernelsConfig
+from megalm.config.run import RunConfig
 from megalm.errors import ConfigError, Problem
 from megalm_kernels import Choice
 
 
-def choose_kernels(config: KernelsConfig, device_type: str) -> list[Choice]:
+def facts_of(config: RunConfig) -> dict[str, Any]:
+    """What is known of a run's calls before there is one, for choices that depend on it."""
+    return {"head_dim": config.model.head_dim, "precision": config.train.precision}
+
+
+def choose_kernels(config: KernelsConfig, device_type: str, facts: Mapping[str, Any] | None = None) -> list[Choice]:
     """Choose for this process. Raises ConfigError, with a fix, if what is asked for cannot run on this kind of device."""
     try:
-        return megalm_kernels.choose(config.backend, device_type, config.operations())
+        return megalm_kernels.choose(config.backend, device_type, config.operations(), facts)
     except megalm_kernels.Unavailable as error:
         named = config.operations().get(error.operation, "auto") != "auto"
         key = f"kernels.{error.operation}" if named else "kernels.backend"

@@ -28,7 +28,7 @@ from megalm.parallel.workers import make_folder, note_error
 from megalm.train.build import build_job
 from megalm.train.counting import Counting
 from megalm.train.hooks import Checkpointing, Evaluating, Logging, ProgressBar
-from megalm.train.kernels import choose_kernels, describe
+from megalm.train.kernels import choose_kernels, describe, facts_of
 from megalm.train.record import Recording
 from megalm.train.trace import Tracing
 from megalm.train.tracking import build_trackers
@@ -85,7 +85,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
         return
     topology = build_topology(config.parallel, device, timedelta(seconds=config.cluster.timeout_seconds))
     used = config.kernels.operations()
-    choices = [choice for choice in choose_kernels(config.kernels, device.type) if choice.operation in used]
+    choices = choose_kernels(config.kernels, device.type, facts_of(config))
+    choices = [choice for choice in choices if choice.operation in used]
     _announce(config, topology, corpus, choices)
     job = build_job(config, topology, corpus, draw=source is None)
     fingerprint = corpus.fingerprint()

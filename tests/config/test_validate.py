@@ -77,6 +77,8 @@ BREAKS: dict[str, dict[str, Any]] = {
     **{f"{name}_device": {f"kernels.{name}": "triton"} for name in kernel_rules.NAMES},
     "layer_norm_used": {"kernels.layer_norm": "torch"},
     **{f"{name}_used": {"model.architecture": "gpt", f"kernels.{name}": "torch"} for name in ("rms_norm", "rotary", "swiglu")},
+    "attention_head_dim": {"kernels.attention": "triton", "model.head_dim": 44},  # on a machine with GPUs
+    "attention_precision": {"kernels.attention": "cudnn", "train.precision": "fp32"},  # on a machine with GPUs
     "quantized_gpu": {"parallel.zero_quantized": True, "parallel.zero": 3},
     "fp16_zero_device": {"train.precision": "fp16", "parallel.zero": 1},
     "loss_scale_used": {"train.loss_scale": 8.0},
@@ -89,6 +91,8 @@ BREAKS: dict[str, dict[str, Any]] = {
 MACHINES = {
     "gpu_each": {"CUDA_VISIBLE_DEVICES": "0,1"},
     "quantized_zero3": {"CUDA_VISIBLE_DEVICES": "0,1"},
+    "attention_head_dim": {"CUDA_VISIBLE_DEVICES": "0,1"},
+    "attention_precision": {"CUDA_VISIBLE_DEVICES": "0,1"},
     "launched": {"RANK": "0", "WORLD_SIZE": "2"},
 }
 
@@ -149,10 +153,21 @@ def test_row_raises_and_its_fix_passes(name: str, monkeypatch: pytest.MonkeyPatc
         {"parallel.pipeline_parallel": 6, "parallel.stage_split": "0, 1,1,1,1, 0"},  # more stages than layers
         {"parallel.pipeline_parallel": 2, "parallel.chunks": 2, "parallel.schedule": "bfs", "parallel.stage_split": "0,2,1,1"},
         {"train.recompute": "selective", "train.recompute_every": 3},
+        {"kernels.attention": "sdpa", "model.head_dim": 44},
+        {"kernels.attention": "reference", "train.precision": "fp32"},
+        {"kernels.backend": "torch", "model.head_dim": 44},
     ],
 )
 def test_sound_configs_pass(flat: dict[str, Any]) -> None:
     check(load(RunConfig, nested(flat)))
+
+
+def test_attention_follows_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for backend, broken in (("triton", True), ("torch", False), ("apex", False), ("auto", False)):
+        flat = {"kernels.backend": backend, "model.head_dim": 44, "train.precision": "bf16"}
+        problems = examine(RunConfig, nested(flat))[1]
+        assert [problem.fix for problem in problems] == ["kernels.attention=sdpa"] * broken, backend
 
 
 @pytest.mark.parametrize("text", ["", "1", "a,b,c", "1,0", "0,1,0", "-1,1,1", "nan,0,0", "inf,0,0", "1,0,0,0"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import megalm_kernels
 from megalm.checkpoint.sharded import publish, read_manifest, write_manifest, write_pieces
 from megalm.checkpoint.state import RunState, save_checkpoint
 from megalm.config.data import DataConfig
@@ -141,6 +142,14 @@ def test_one_process_generates_from_what_two_tensor_parallel_ones_wrote(
     assert texts[0].count("def f") >= 2 and "--- sample 2" in texts[0]
     one, two = texts[0].split("--- sample 2\n")
     assert one.removeprefix("--- sample 1\n").strip() != two.strip(), "each sample has a seed of its own"
+
+
+def test_the_choice_of_kernels_knows_the_model(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+    monkeypatch.setattr(megalm_kernels, "choose", lambda *arguments, **facts: asked.append((arguments, facts)))
+    run = save(tmp_path / "a", "gpt", DataConfig(path=str(tokenizer.parent / "corpus")))
+    generate_command(GenerateConfig(str(run), "", "def ", 3, device="cpu"))
+    assert asked == [(("auto", "cpu"), {"facts": {"head_dim": 4, "precision": "fp32"}})]
 
 
 def test_it_finds_the_tokenizer_of_the_run(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture) -> None:

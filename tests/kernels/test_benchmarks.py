@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 from contextlib import redirect_stdout
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megalm.config.tasks import BENCHMARKS, PEERS
 from megalm_kernels import dispatch
 from megalm_kernels.benchmarks import FILES, find_cases, report, run
 from megalm_kernels.benchmarks.__main__ import main
@@ -66,8 +69,14 @@ def test_the_schema_is_the_one_documented(everything):
 def test_every_operation_that_dispatch_knows_has_a_benchmark():
     with dispatch.use("torch", "cpu") as choices:
         known = {choice.operation for choice in choices}
-    assert known - {"flash_attention"} <= set(FILES)
-    assert set(FILES) - known <= {"linear_cross_entropy"}, "which goes by the choice for cross_entropy"
+    assert known <= set(FILES)
+    assert set(FILES) - known == {"linear_cross_entropy", "attention_packed"}, "which go by the choice for another one"
+
+
+def test_the_names_that_a_configuration_may_have_are_those_that_there_are():
+    providers = {provider.name for sizes in ("tiny", "full") for case in find_cases(sizes=sizes) for provider in case.providers}
+    assert set(PEERS) == providers - {"triton", "reference"}
+    assert sorted(BENCHMARKS) == sorted(FILES)
 
 
 def test_rates_and_ratios_from_made_up_times():
@@ -88,6 +97,16 @@ def test_directions_shapes_and_failures_do_not_compete():
     failed = row("c", 1.0, status="failed", ms_p50=None)
     rows = [row("triton", 2.0), row("a", 1.0, "backward"), row("b", 1.0, shape="9 x 9"), failed]
     assert report.complete(rows, CEILINGS)[0].ratio_to_best_peer is None
+
+
+def test_variants_of_ours_are_no_peers_of_each_other():
+    found = report.complete([row("triton", 2.0), row("triton unordered", 1.0), row("a", 4.0)], CEILINGS)
+    assert [r.ratio_to_best_peer for r in found] == [2.0, 4.0, 0.25]
+
+
+def test_a_peer_that_is_absent_in_several_ways_is_told_of_all_of_them():
+    gaps = [row("a", 1.0, status="absent", reason=why, ms_p50=None) for why in ("no GQA", "no GQA", "not packed")]
+    assert [gap["reason"] for gap in report.results(gaps, CEILINGS)["absent"]] == ["no GQA", "not packed"]
 
 
 def test_quantiles():
@@ -238,6 +257,55 @@ def test_no_gpu_where_one_is_asked_for_is_one_line(tmp_path, monkeypatch, capsys
     assert main() == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: device cuda: torch sees no GPU here\n") and not list(tmp_path.iterdir())
+
+
+def test_only_the_shapes_that_were_named(tmp_path, monkeypatch):
+    good = Provider("torch", lambda: lambda x: 2 * x)
+    with_cases(monkeypatch, *(toy(good, shape=shape) for shape in ("8 x 64", "8 x 64 causal", "8 x 640")))
+    assert run([], "cpu", results=tmp_path, shapes="x 64$") == 0
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert {r["shape"] for r in found["rows"]} == {"8 x 64"}
+
+
+def test_a_time_limit_leaves_what_was_measured(tmp_path, monkeypatch):
+    def slow(x: torch.Tensor) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with_cases(monkeypatch, toy(Provider("torch", lambda: lambda x: 2 * x)), toy(Provider("reference", lambda: slow)))
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--device", "cpu", "--results", str(tmp_path)])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 143
+    assert {r["provider"] for r in json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]} == {"torch"}
+
+
+def test_lines_over_sizes(tmp_path, monkeypatch):
+    """A panel per group and direction, a line per provider."""
+    pictures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: pictures.append((figure, path.name)))
+    rows = [
+        row(provider, 4.0 / size, direction, size=size, group=group)
+        for provider, sizes in (("triton", (4, 1, 2)), ("a", (1, 2)))
+        for size in sizes
+        for direction in ("forward", "backward")
+        for group in ("causal", "every key")
+    ]
+    machine = {"machine": {"gpu": "G"}, "label": "", "ceilings": {"gemm_tflops": 8.0, "copy_gb_per_second": 4000.0}}
+    report.draw({**machine, **report.results([*rows, row("triton", 1.0, operation="bars")], CEILINGS)}, tmp_path)
+    (figure, name), (bars, other) = pictures
+    assert (name, other) == ("op.png", "bars.png")
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles == ["causal\nforward", "causal\nbackward", "every key\nforward", "every key\nbackward"]
+    for panel in figure.axes:
+        lines = {line.get_label(): list(line.get_xdata()) for line in panel.get_lines()}
+        assert (lines["triton"], lines["a"]) == ([1, 2, 4], [1, 2])
+        assert [text.get_text() for text in panel.get_xticklabels()] == ["1", "2", "4"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["triton", "a", "measured ceiling"]
+    assert len(bars.axes) == 1 and len(bars.axes[0].patches) == 1
 
 
 def test_an_unknown_operation_is_named():

@@ -9,16 +9,19 @@ import pytest
 import torch
 
 import megalm_kernels
+from megalm.config import kernel_rules
 from megalm.config.kernels import KERNELS, KernelsConfig
 from megalm.errors import ConfigError
 from megalm.train.kernels import choose_kernels, describe
 from megalm_kernels import dispatch
+from megalm_kernels.attention import operators
 
 
 @pytest.fixture
 def registry(monkeypatch):
     """Two operations: `op` with three implementations, of which Triton's needs a GPU; `plain` with torch's alone."""
     monkeypatch.setattr(dispatch, "_registry", {})
+    monkeypatch.setattr(dispatch, "_orders", {})
     monkeypatch.setattr(dispatch, "_chosen", {})
     dispatch.register("op", "torch", lambda: "torch")
     dispatch.register("op", "triton", lambda: "triton", lambda device: "" if device == "cuda" else "no GPU")
@@ -46,6 +49,28 @@ def test_apex_is_used_only_when_asked_for(registry):
         "plain": ("torch", "apex: has none; triton: has none"),
     }
     assert chosen(dispatch.choose("torch", "cuda", {"op": "apex"}))["op"] == ("apex", "asked for")
+
+
+def test_an_operation_may_have_an_order_of_its_own(registry):
+    dispatch.register("op", "cudnn", lambda: "cudnn", lambda device: "" if device == "cuda" else "no cuDNN")
+
+    def order(device: str, facts: dispatch.Facts) -> dispatch.Order:
+        if "head_dim" in facts:
+            return dispatch.Order(["cudnn", "torch"], "measured", [f"triton: not with {facts['head_dim']}"])
+        return dispatch.Order(["cudnn", "triton", "torch"], "measured")
+
+    dispatch.prefer("op", order)
+    assert chosen(dispatch.choose("auto", "cuda"))["op"] == ("cudnn", "measured")
+    assert chosen(dispatch.choose("auto", "cpu"))["op"] == ("torch", "cudnn: no cuDNN; triton: no GPU")
+    assert chosen(dispatch.choose("auto", "cuda", facts={"head_dim": 5}))["op"] == ("cudnn", "triton: not with 5")
+    assert chosen(dispatch.choose("triton", "cuda"))["op"] == ("triton", "asked for")
+    assert chosen(dispatch.choose("auto", "cuda", {"op": "torch"}))["op"] == ("torch", "asked for")
+    assert chosen(dispatch.choose("cudnn", "cuda")) == {
+        "op": ("cudnn", "asked for"),
+        "plain": ("torch", "cudnn: has none; triton: has none"),
+    }
+    with pytest.raises(megalm_kernels.Unavailable, match=r"plain has .*backend=cudnn on cuda: cudnn: has none \(it has torch\)"):
+        dispatch.choose("auto", "cuda", {"plain": "cudnn"})
 
 
 def test_what_is_asked_for_and_cannot_run_is_an_error(registry):
@@ -96,20 +121,24 @@ def test_a_run_that_asks_for_the_impossible_gets_the_key_and_a_fix(registry):
 
 
 def test_the_configuration_knows_what_training_uses_and_its_implementations():
-    assert set(KERNELS) - {"linear_cross_entropy"} | {"flash_attention"} == set(dispatch._registry)
+    assert set(KERNELS) - {"linear_cross_entropy"} == set(dispatch._registry)
     for name in KernelsConfig().operations():
-        allowed = KernelsConfig.__dataclass_fields__[name].metadata["allowed"]
-        assert set(allowed) == {"auto", *dispatch._registry[name]}, name
+        allowed = set(KernelsConfig.__dataclass_fields__[name].metadata["allowed"])
+        also = {"torch"} if name == "attention" else set()  # backend=torch, which is sdpa there
+        assert allowed | also == {"auto", *dispatch._registry[name]}, name
+    assert {name for has in dispatch._registry.values() for name in has} == set(dispatch.BACKENDS)
+    assert [operators.suits(n) for n in range(300)] == [kernel_rules.suits(n) for n in range(300)]
     package = Path(megalm_kernels.__file__).parent
     sources = "".join(path.read_text() for path in (package.parents[1] / "megalm").rglob("*.py"))
     imported = set(re.findall(r"\w+", " ".join(re.findall(r"from megalm_kernels import (.*)", sources))))
-    owners = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm", "FusedAdamW": "fused_adam"}
+    owners = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm", "FusedAdamW": "fused_adam", "flash_attention": "attention"}
     assert {owners.get(name, name) for name in imported} & set(dispatch._registry) == set(KernelsConfig().operations())
 
 
 def test_names_that_do_not_exist_are_refused(registry):
+    words = "no backend is called tritn; there are auto, triton, torch, apex, sdpa, cudnn, reference"
     for arguments in (("tritn",), ("auto", "cpu", {"op": "tritn"})):
-        with pytest.raises(ValueError, match="no backend is called tritn; there are auto, triton, torch, apex"):
+        with pytest.raises(ValueError, match=words):
             dispatch.choose(*arguments)
     with pytest.raises(ValueError, match="the device type is 'tpu', wanted cpu or cuda"):
         dispatch.choose("auto", "tpu")
@@ -126,7 +155,7 @@ for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
     del sys.modules[name]
 import torch, megalm_kernels
 choices = megalm_kernels.choose()
-assert all(choice.backend == "torch" for choice in choices), choices
+assert all(choice.backend == ("sdpa" if choice.operation == "attention" else "torch") for choice in choices), choices
 assert any("triton is not installed" in choice.reason for choice in choices), choices
 x = torch.ones(2, 4)
 assert megalm_kernels.rms_norm(x, torch.ones(4), 0.0).equal(x)

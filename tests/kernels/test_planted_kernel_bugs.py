@@ -17,7 +17,8 @@ PACKAGE = ROOT / "kernels" / "megalm_kernels"
 
 @dataclass(frozen=True)
 class Bug:
-    """In device/FILE, `before` becomes `after`; the tests in test_FILE (or in `tests`) that `chosen` selects must see it."""
+    """In device/FILE (or FOLDER/FILE), `before` becomes `after`; the tests in test_FILE (or in `tests`) that `chosen` selects
+    must see it."""
 
     file: str
     before: str
@@ -64,6 +65,54 @@ BUGS = {
         "test_losses_and_gradient and float32 and label_smoothing and 11-48 and not z_loss",
         "gradient 0: off by",
     ),
+    "attention forgets the maximum of a merge": Bug(
+        "attention/merge",
+        "largest = lses.detach().amax(0)",
+        "largest = torch.zeros_like(lses[0])",
+        "test_parts_over_the_keys and large",
+        "output 0: ",
+        "test_attention_features.py",
+    ),
+    "attention sees one key too many at the edge of a tile": Bug(
+        "attention_tiles",
+        "end_full = min(keys, max(place + right + 1, 0))",
+        "end_full = min(keys, max(place + right + 2, 0))",
+        "test_lengths and 20 and causal",
+        "output 0: off by",
+        "test_attention.py",
+    ),
+    "attention's gradient of k lacks the scale": Bug(
+        "attention_backward",
+        "(dk * scale).to(",
+        "dk.to(",
+        "test_lengths and 7 and causal",
+        "gradient 1: off by",
+        "test_attention.py",
+    ),
+    "attention's gradient of k is of the first head of a group": Bug(
+        "attention_backward",
+        " * groups):\n",
+        "):\n",
+        "test_heads and groups",
+        "gradient 1: off by",
+        "test_attention.py",
+    ),
+    "attention's backward drops other shares": Bug(
+        "attention_backward",
+        "keeps(queries_at, columns_at,",
+        "keeps(columns_at, queries_at,",
+        "test_dropout_is_that_of and 0.5",
+        "the backward drops other shares",
+        "test_attention_features.py",
+    ),
+    "attention's backward leaves delta out": Bug(
+        "attention_backward",
+        "ds = share * (dshare - delta)",
+        "ds = share * dshare",
+        "test_lengths and 7 and causal",
+        "gradient 0: off by",
+        "test_attention.py",
+    ),
 }
 
 
@@ -105,7 +154,8 @@ def test_a_planted_spill_is_seen(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_a_planted_bug_is_seen(bug: Bug, tmp_path: Path) -> None:
-    copy_with(tmp_path, f"device/{bug.file}.py", bug.before, bug.after)
+    file = bug.file if "/" in bug.file else f"device/{bug.file}"
+    copy_with(tmp_path, f"{file}.py", bug.before, bug.after)
     done = run_tests(bug, tmp_path)
     assert done.returncode == 1, f"the tests passed, or did not run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
     assert bug.words in done.stdout, done.stdout[-3000:]

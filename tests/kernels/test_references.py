@@ -26,8 +26,8 @@ def _compare(run, reference, inputs, dtype):
 def test_attention(queries, keys, heads, kv_heads, causal, dtype):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, queries, heads, 8), torch.randn(2, keys, kv_heads, 8), torch.randn(2, keys, kv_heads, 8)
-    run = lambda q, k, v: ops.flash_attention(q, k, v, causal)  # noqa: E731
-    reference = lambda q, k, v: ops.flash_attention_reference(q, k, v, causal)  # noqa: E731
+    run = lambda q, k, v: ops.flash_attention(q, k, v, causal=causal)  # noqa: E731
+    reference = lambda q, k, v: ops.flash_attention_reference(q, k, v, causal=causal)  # noqa: E731
     _compare(run, reference, [q.to(dtype), k.to(dtype), v.to(dtype)], dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import megalm.conf
 from megalm.config.model import ModelConfig
-from megalm_kernels.device import activations, cross_entropy, fused_adam, norms, rotary
+from megalm_kernels.device import activations, attention_backward, attention_forward, cross_entropy, fused_adam, norms, rotary
 from megalm_kernels.launch import Launch, capture
 from megalm_kernels.specimens import collect, identity
 
@@ -39,6 +39,7 @@ def launch_training(config: ModelConfig, ranks: int, dtype: torch.dtype) -> None
         gate = meta(tokens, config.ffn_size // ranks, dtype=dtype)
         activations.gated(gate, gate, False)
         activations.gated_backward(gate, gate, gate, False)
+    launch_attention(config, ranks, dtype)
     columns = -(-config.vocab_size // ranks)
     logits, labels = meta(tokens, columns, dtype=dtype), meta(tokens, dtype=torch.int64)
     if ranks == 1:
@@ -48,6 +49,17 @@ def launch_training(config: ModelConfig, ranks: int, dtype: torch.dtype) -> None
     cross_entropy.gradient(logits, labels, largest, total, total, 0, config.vocab_size, 0.0, 0.0, -100, 0.0)
     flat = meta(4096, dtype=torch.float32)
     fused_adam.fused_adam(flat, flat, flat, flat, None, None, None, None, None, None, 7, 1e-4, 0.9, 0.95, 1e-8, 0.1, None)
+
+
+def launch_attention(config: ModelConfig, ranks: int, dtype: torch.dtype) -> None:
+    """Causal; q, k and v are parts of one projection, of which rotary makes tensors of their own."""
+    heads, kv_heads, dim = config.num_heads // ranks, max(1, config.num_kv_heads // ranks), config.head_dim
+    q, k, v = meta(SAMPLES, LENGTH, heads + 2 * kv_heads, dim, dtype=dtype).split((heads, kv_heads, kv_heads), dim=2)
+    if config.architecture != "gpt":
+        q, k = q.contiguous(), k.contiguous()
+    options = (None, None, -1, 0, dim**-0.5, 0.0, 0.0, 0, [0, 0, 0, 0])
+    out, lse = attention_forward.forward(q, k, v, None, None, *options)
+    attention_backward.backward(out, None, q, k, v, out, lse, None, *options, True)
 
 
 def launches(preset: str) -> Iterator[tuple[str, Launch]]:

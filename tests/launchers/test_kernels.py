@@ -53,6 +53,7 @@ def test_keys_of_the_subverb_and_of_the_kernels_may_stand_alone() -> None:
         (["arch=[90]", "compile"], "compile", "did you mean megalm kernels compile?"),
         (["bench", "precompile=true"], "precompile", "did you mean compile.precompile?"),
         (["explain", "backend=cuda"], "kernels.backend", "not one of the allowed values"),
+        (["explain", "attention=torch"], "kernels.attention", "auto, triton, sdpa, cudnn, reference"),
     ],
 )
 def test_mistakes(arguments: list[str], key: str, words: str) -> None:
@@ -75,9 +76,10 @@ def test_the_verb_alone_explains(megalm: Megalm) -> None:
     run = megalm("kernels")
     assert run.returncode == 0, run.stderr
     rows = {line.split()[0]: line for line in run.stdout.splitlines() if line}
-    assert {*KERNELS, "flash_attention"} - {"linear_cross_entropy"} <= set(rows)
-    assert "torch    triton: no GPU" in rows["rms_norm"]
+    assert set(KERNELS) <= set(rows)
+    assert "torch    triton: no GPU" in rows["rms_norm"] and "sdpa     triton: no GPU" in rows["attention"]
     assert {"triton", "apex"} <= set(rows)
+    assert rows["hopper"].endswith("warp-specialised attention is off: there is no GPU")
 
 
 def test_explain_as_json(capsys: pytest.CaptureFixture) -> None:
@@ -92,6 +94,8 @@ def test_explain_refuses_what_cannot_run_here() -> None:
         explain(config_of("device=cuda"))
     with pytest.raises(ConfigError, match="rms_norm cannot run so here: triton: no GPU"):
         explain(config_of("rms_norm=triton"))
+    with pytest.raises(ConfigError, match="attention cannot run so here: cudnn: no GPU"):
+        explain(config_of("attention=cudnn"))
 
 
 def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from megalm.parallel.recompute import PRODUCTS, apply_recompute
 from megalm.parallel.tensor_parallel import apply_tensor_parallel
 from megalm.parallel.topology import Group, Topology, build_topology
 from megalm.testing import run_distributed
+from megalm_kernels import use
 from tests.parallel.tiny import alone, tiny_config, train
 
 MODES = [("full", 1), ("selective", 1), ("full", 2), ("selective", 3)]
@@ -41,6 +44,19 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.products += operation in PRODUCTS
         self.collectives += operation.namespace == "c10d"
+        return operation(*args, **(kwargs or {}))
+
+
+class Kernels(TorchDispatchMode):
+    """Counts megalm's own operators that really run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation.namespace == "megalm":
+            self.count[operation.overloadpacket.__name__] += 1
         return operation(*args, **(kwargs or {}))
 
 
@@ -158,6 +174,34 @@ def test_fused_projections_keep_what_is_counted(mode: str) -> None:
     norms = 2 * 64 * 4 if mode == "none" else 0  # see check_memory
     counted = count_block_activations(model.config, mode, 4, fused=True) + norms
     assert kept_bytes(model, alone().tensor) / (BATCH * LENGTH) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_attention_keeps_what_is_counted(
+    implementation: str, dtype: torch.dtype, mode: str, pretend_kernels: Callable[[], None]
+) -> None:
+    """triton: the operator's plain body. Keys and values have fewer heads, so the reference makes copies of them."""
+    pretend_kernels()
+    changes = {"num_heads": 2, "num_kv_heads": 1, "dtype": dtype}
+    model = model_of("llama", mode, **changes)
+    model.sequence_shape = (BATCH, LENGTH, 64)  # type: ignore[assignment]
+    with use(attention="reference") if implementation == "reference" else nullcontext():
+        kept = kept_bytes(model, alone().tensor) / (BATCH * LENGTH)
+    scores = LENGTH if implementation == "reference" else 0
+    counted = count_block_activations(model.config, mode, dtype.itemsize, triton=True, scores=scores)
+    assert kept == pytest.approx(counted, rel=0.02)
+
+
+def test_selective_runs_no_attention_kernel_twice(pretend_kernels: Callable[[], None]) -> None:
+    pretend_kernels()
+    for mode, wanted in (("none", 1), ("selective", 1), ("full", 2)):
+        model = model_of("llama", mode, num_heads=2)
+        with Kernels() as seen:
+            run(model, 1)
+        assert seen.count["attention_forward"] == wanted * 4, mode  # blocks
+        assert seen.count["attention_backward"] == 4
 
 
 def test_only_every_nth_block() -> None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from megalm_kernels.benchmarks import find_cases
 from megalm_kernels.benchmarks.report import Ceilings, Row, complete
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ["bench-norms", "bench-adam", "bench-pointwise", "bench-loss"]
-STEPS = ["install", "tests-norms", "tests-rest", "cache", *BENCHMARKS, "parity", "step", "collect"]
+ATTENTION = ["bench-attention-64", "bench-attention-64-causal", "bench-attention-128", "bench-attention-128-causal"]
+BENCHMARKS = ["bench-norms", "bench-adam", "bench-pointwise", "bench-loss", *ATTENTION, "bench-attention-rest"]
+TESTS = ["tests-norms", "tests-attention", "tests-rest"]
+STEPS = ["install", *TESTS, "cache", *BENCHMARKS, "parity", "step", "collect"]
 RECORDER = """#!/usr/bin/env bash
 echo "$*" >>"$RECORD"
 cat >/dev/null
@@ -75,7 +79,7 @@ def test_all_of_it_and_then_nothing(gpu_round):
     order = ["--no-index", "-m pytest", "gpu_cache.py", "rms_norm", "fused_adam", "swiglu", "cross_entropy lin", "gpu_parity.py"]
     places = [asked.index(text) for text in [*order, "bench_step.py", "gpu_report.py"]]
     assert places == sorted(places)
-    assert asked.count("--device cuda") == 4 and "--dry-run" not in asked
+    assert asked.count("--device cuda") == len(BENCHMARKS) and "--dry-run" not in asked
     assert set(states(gpu_round("--list")[0].stdout).values()) == {"ok"}
     done, asked = gpu_round("--all")
     assert "every step is done" in done.stdout and not asked
@@ -106,7 +110,7 @@ def test_steps_by_name_on_a_machine_that_has_nothing_yet(gpu_round):
 def test_a_dry_run_asks_for_no_gpu_and_keeps_its_results_apart(gpu_round):
     done, asked = gpu_round("--dry-run", "--all")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert asked.count("--device cpu") == 4 and "--device cuda" not in asked
+    assert asked.count("--device cpu") == len(BENCHMARKS) and "--device cuda" not in asked
     assert all("--dry-run" in line for line in asked.splitlines() if "gpu_cache.py" in line or "gpu_parity.py" in line)
     assert "needs a GPU" in done.stdout
     assert set(states(gpu_round("--list")[0].stdout).values()) == {"not run"}
@@ -136,14 +140,27 @@ def test_asking_makes_no_folder(gpu_round, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_every_kernel_test_is_in_one_of_the_two_steps(gpu_round):
-    first, rest = (gpu_round(step)[1].splitlines()[-1].split() for step in ("tests-norms", "tests-rest"))
-    files = [argument for argument in first if argument.endswith(".py")]
-    assert [Path(file).name for file in files] == ["test_norms.py", "test_cross_entropy.py", "test_linear_cross_entropy.py"]
+def test_every_kernel_test_is_in_one_of_the_steps(gpu_round):
+    norms, attention, rest = (gpu_round(step)[1].splitlines()[-1].split() for step in TESTS)
+    device = ROOT / "tests/kernels/device"
+    files = [argument for step in (norms, attention) for argument in step if argument.endswith(".py")]
+    slow = [device / f"test_{name}.py" for name in ("norms", "cross_entropy", "linear_cross_entropy")]
+    assert files == [*map(str, slow), *map(str, sorted(device.glob("test_attention*.py")))]
     assert all(Path(file).is_file() for file in files)
-    assert str(ROOT / "tests/kernels/device") in rest
+    assert str(device) in rest
     assert [argument for argument in rest if argument.startswith("--ignore=")] == [f"--ignore={file}" for file in files]
-    assert first[-1].endswith("/tests-norms.xml") and rest[-1].endswith("/tests-rest.xml")
+    for name, asked in zip(TESTS, (norms, attention, rest), strict=True):
+        assert asked[-1].endswith(f"/{name}.xml")
+
+
+def test_the_steps_of_attention_have_every_case_once(gpu_round):
+    asked = gpu_round(*ATTENTION, "bench-attention-rest")[1].splitlines()
+    lines = [line for line in asked if "megalm_kernels.benchmarks" in line]
+    patterns = [line.split("--shapes ")[1].split(" --device")[0] for line in lines if " attention " in line]
+    assert len(patterns) == 4 and "attention_packed" in lines[-1]
+    for case in find_cases(["attention"], "full"):
+        assert sum(bool(re.search(pattern, case.shape)) for pattern in patterns) == 1, case.shape
+    assert "--shapes  --device cpu" in gpu_round("--dry-run", ATTENTION[0])[1], "the tiny cases have other dimensions"
 
 
 def test_where_results_are_committed_and_the_commit_that_they_name(gpu_round, tmp_path):
@@ -163,7 +180,8 @@ def test_where_results_are_committed_and_the_commit_that_they_name(gpu_round, tm
     (copy / "benchmarks" / "results").mkdir(parents=True)
     (copy / "benchmarks" / "results" / "old.json").touch()  # no difference from the commit
     asked = gpu_round("collect", root=copy)[1]
-    assert asked.rstrip().endswith(f"--commit {head} --publish {copy}/benchmarks/results")
+    table = f"{copy}/kernels/megalm_kernels/attention/measured.json"
+    assert asked.rstrip().endswith(f"--commit {head} --publish {copy}/benchmarks/results --table {table}")
     (copy / "kernels").write_text("other")
     assert gpu_round("bench-adam", root=copy)[1].rstrip().endswith(f"--commit {head}+")
     asked = gpu_round("bench-adam", "collect", root=copy, GPU_ROUND_COMMIT="abc")[1]
@@ -273,3 +291,30 @@ def test_the_report_of_a_round(tmp_path, capsys):
 def test_a_report_of_nothing(tmp_path, capsys):
     assert load("gpu_report").main([str(tmp_path)]) == 1
     assert "has no results of a benchmark" in capsys.readouterr().err
+
+
+def test_the_table_of_attention_is_brought_up_to_date(tmp_path):
+    update = load("gpu_report").update_table
+    shape, grouped = "2 x 8192 x 16 x 128 causal", "2 x 8192 x 16/2 x 128 causal"
+    start = Row("attention", shape, "bfloat16", "triton", "full", "flops", 10**9, 10**12, ms_p20=1, ms_p50=2, ms_p80=3)
+    others = {"torch": 4.0, "sdpa cudnn": 1.0, "flex": 5.0}
+    rows = [start, *(replace(start, provider=name, ms_p50=p50) for name, p50 in others.items())]
+    rows += [replace(start, shape=grouped, ms_p50=0.1), replace(start, operation="attention_packed", ms_p50=0.1)]
+    rows += [replace(start, direction="forward", provider="sdpa cudnn", status="failed", ms_p50=None)]
+    found = {"label": "", "commit": "abc", "machine": {"gpu": "NVIDIA H200"}, "versions": {"torch": "2.11", "triton": "3.6"}}
+    found["rows"] = [asdict(row) for row in complete(rows, Ceilings(4300.0, 790.0, 1, 1))]
+    file = tmp_path / "measured.json"
+    file.write_text("[]\n")
+    assert update(file, found | {"label": "cpu smoke"}).endswith("cpu smoke") and file.read_text() == "[]\n"
+    assert update(file, found) == f"{file}: 1 new rows, 0 kept"
+    (row,) = json.loads(file.read_text())
+    assert (row["gpu"], row["head_dim"], row["causal"], row["seq_length"], row["direction"]) == (
+        "NVIDIA H200", 128, True, 8192, "full",
+    )  # fmt: skip
+    rates = row["tflops"]
+    assert (rates["triton"], rates["sdpa"], rates["cudnn"]) == (500.0, 250.0, 1000.0)
+    found["rows"][0]["tflops"] = 600.0
+    assert update(file, found) == f"{file}: 1 new rows, 0 kept", "the same problem"
+    assert json.loads(file.read_text())[0]["tflops"]["triton"] == 600.0
+    found["machine"] = {"gpu": "another"}
+    assert update(file, found) == f"{file}: 1 new rows, 1 kept"

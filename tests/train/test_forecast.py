@@ -91,6 +91,21 @@ def test_memory_by_hand() -> None:
     assert first.total == first.states.total + first.activations
 
 
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_the_reference_of_attention_keeps_its_scores(mode: str) -> None:
+    model = ModelConfig("llama", 512, 64, 4, 4, ffn_size=192)
+    config = config_of(model, batch=8)
+    config.train.recompute = mode
+    (usual,) = predict_memory(config)
+    config.kernels.attention = "reference"
+    (more,) = predict_memory(config)
+    length = config.data.seq_length
+    counts = [count_block_activations(model, m, 2, scores=length) - count_block_activations(model, m, 2) for m in (mode, "none")]
+    again = counts[1] - counts[0]  # while a block's backward runs, all of it is there
+    assert (more.activations - usual.activations) / 128 == pytest.approx(4 * counts[0] + again)
+    assert counts[0] >= 4 * 4 * length  # heads, bytes
+
+
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_weight_gradients_that_wait_hold_what_they_need(mode: str) -> None:
     """ZB-H1, last of 2 ranks: F0 I0 F1 I1 W0 F2 ...: one microbatch waits while the next goes forward, then both wait."""

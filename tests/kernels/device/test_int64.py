@@ -18,6 +18,8 @@ from megalm_kernels import (
     bias_gelu,
     bias_gelu_reference,
     dispatch,
+    flash_attention,
+    flash_attention_reference,
     geglu,
     layer_norm,
     rms_norm,
@@ -32,10 +34,10 @@ from tests.kernels.device import far_memory
 STRIDE, ROWS, WIDTH = 2**30, 4, 48  # the last row begins at 3 * 2^30; in bf16, 6 GB of address space
 
 
-def far_rows(device: torch.device, seed: int = 0) -> Tensor:
-    """(ROWS, WIDTH) bf16, random, whose rows are STRIDE elements apart."""
-    x = far_memory.zeros((ROWS - 1) * STRIDE + WIDTH, torch.bfloat16, device).as_strided((ROWS, WIDTH), (STRIDE, 1))
-    return x.copy_(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(seed)))
+def far_rows(device: torch.device, seed: int = 0, width: int = WIDTH) -> Tensor:
+    """(ROWS, width) bf16, random, whose rows are STRIDE elements apart."""
+    x = far_memory.zeros((ROWS - 1) * STRIDE + width, torch.bfloat16, device).as_strided((ROWS, width), (STRIDE, 1))
+    return x.copy_(torch.randn(ROWS, width, generator=torch.Generator().manual_seed(seed)))
 
 
 def same_near(function: Callable[..., Tensor], *far: Tensor) -> None:
@@ -74,6 +76,39 @@ def rotary_rows(device: torch.device) -> None:
             want = rotary(x, cos, sin)
             torch.testing.assert_close(want, rotary_reference(x, cos, sin), rtol=1e-2, atol=1e-2)
             assert torch.equal(rotary(x, cos, sin, inplace=True), want)
+
+
+def attention_rows(device: torch.device) -> None:
+    """With the tokens, packed and not, the samples, or the heads far apart."""
+    q, k, v = (far_rows(device, seed, 32 * heads).unflatten(1, (heads, 32)) for seed, heads in enumerate((4, 2, 2)))
+    starts = torch.tensor([0, 3, 4], dtype=torch.int32, device=device)
+    with dispatch.use("auto", device.type, attention="triton"):
+        same_near(flash_attention, *(x[None] for x in (q, k, v)))
+        same_near(lambda *x: flash_attention(*x, deterministic=False), *(x[:, None] for x in (q, k, v)))
+        same_near(lambda *x: flash_attention(*x, cu_seqlens_q=starts, cu_seqlens_k=starts), q, k, v)
+        same_near(flash_attention, *(x.transpose(0, 1)[None] for x in (k, v, v)))
+
+
+def attention_whole(device: torch.device) -> None:
+    """More than 2^31 elements of q and of the result: the last head of the last sample is looked at."""
+    from megalm_kernels.device import attention_backward, attention_forward
+
+    for module in (attention_forward, attention_backward):
+        far_memory.run_last_programs(module, device)
+    samples, tokens, heads, dim = 2**14 + 1, 16, 64, 128
+    q, dout = (far_memory.zeros(samples * tokens * heads * dim, torch.bfloat16, device) for _ in range(2))
+    q, dout = (x.view(samples, tokens, heads, dim) for x in (q, dout))
+    k, v = (far_memory.zeros(samples * tokens * dim, torch.bfloat16, device).view(samples, tokens, 1, dim) for _ in range(2))
+    for x in (q, k, v, dout):
+        x[-1, :, -1] = torch.randn(tokens, dim)
+    near = [x[-1:, :, -1:].clone().requires_grad_() for x in (q, k, v)]
+    with dispatch.use("auto", device.type, attention="triton"):
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = flash_attention(*leaves)
+        found = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    want = flash_attention_reference(*near)
+    for got, expected in zip(found, [want, *torch.autograd.grad(want, near, dout[-1:, :, -1:])], strict=True):
+        torch.testing.assert_close(got[-1:, :, -1:], expected.detach(), rtol=2e-2, atol=2e-2)
 
 
 def norm_rows(device: torch.device) -> None:
@@ -132,7 +167,7 @@ def planted(device: torch.device) -> None:
     assert torch.equal(x, y)
 
 
-CASES = [norm_rows, gated_rows, bias_gelu_rows, rotary_rows, gated_whole, bias_gelu_whole]
+CASES = [norm_rows, gated_rows, bias_gelu_rows, rotary_rows, attention_rows, gated_whole, bias_gelu_whole, attention_whole]
 
 
 def run(case: Callable[[torch.device], None], device: torch.device) -> None:
