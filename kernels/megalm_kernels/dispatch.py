@@ -53,6 +53,7 @@ class Unavailable(ValueError):
 class _Implementation:
     function: Callable[..., Any]
     obstacle: Callable[[str], str]  # device type -> why it cannot run there; empty: it can
+    by_default: Callable[..., Any]  # what runs where `auto` picked it
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,17 @@ _chosen: dict[str, tuple[Callable[..., Any], Choice]] = {}
 
 
 def register(
-    operation: str, backend: str, function: Callable[..., Any], obstacle: Callable[[str], str] = lambda device_type: ""
+    operation: str,
+    backend: str,
+    function: Callable[..., Any],
+    obstacle: Callable[[str], str] = lambda device_type: "",
+    by_default: Callable[..., Any] | None = None,
 ) -> None:
-    """Make `function` known as `operation` on `backend`; `obstacle(device_type)` says why it cannot run there, or ''."""
-    _registry.setdefault(operation, {})[backend] = _Implementation(function, obstacle)
+    """Make `function` known as `operation` on `backend`; `obstacle(device_type)` says why it cannot run there, or ''.
+
+    by_default: runs in its place where nobody asked for it by name; it may hand calls that it does not have to another.
+    """
+    _registry.setdefault(operation, {})[backend] = _Implementation(function, obstacle, by_default or function)
 
 
 def prefer(operation: str, order: Callable[[str, Facts], Order]) -> None:
@@ -140,7 +148,7 @@ def _pick(
         if not obstacle:
             interpreted = not asked and name == "triton" and compat.interpreting()
             why = "; ".join(passed_over) or ("TRITON_INTERPRET=1, slowly" if interpreted else order.reason)
-            return has[name].function, Choice(operation, name, why)
+            return has[name].function if asked else has[name].by_default, Choice(operation, name, why)
         passed_over.append(f"{name}: {obstacle}")
     raise Unavailable(operation, backend, device_type, f"{'; '.join(passed_over)} (it has {', '.join(sorted(has))})")
 

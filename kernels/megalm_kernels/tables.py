@@ -158,80 +158,88 @@ _table(
 )
 _table("attention_decode_merge", [Row(128, dict(BLOCK=32, num_warps=4)), Row(256, dict(BLOCK=16, num_warps=4))])
 
-# attention_forward: a row limit is the head dimension. ptxas keeps to 255 registers, and without spilling on Triton 3.6 and
-# 3.9: on sm_90 64 wide 108 to 128 of them, so that two programs share a multiprocessor and one computes exponentials while the
-# other multiplies; 128 wide 195 to 254. There a bound of 128 registers is met without spilling, but ptxas then waits for every
-# product by itself. On sm_80 each warp holds all keys of a tile. What Philox takes, tiles give: _dropout.
+# attention: a row limit is the head dimension; dkdv goes through queries, dq through keys, backward does both in one pass.
+# What decides is that ptxas spills nothing, on Triton 3.6 and on 3.9, with packed sequences and a window as well. On sm_90 the
+# forward has 108 to 128 registers where D is 64, so that two programs share a multiprocessor and one computes exponentials while
+# the other multiplies. A bound of 128 registers is met without spilling where D is 128, too, but then ptxas waits for every
+# product by itself. On sm_80 each warp holds all keys of a tile. sm_100 is not tuned: it shares its rows with sm_120, whose
+# shared memory is small. _more: with ALiBi, softcap or dropout in the backward, with dropout in the forward: Philox takes
+# registers, which tiles give. 32: of fp32, which is multiplied without tensor cores.
 
 
-def _attention(queries: int, keys: int, warps: int, stages: int) -> dict[str, Any]:
-    return dict(BLOCK_Q=queries, BLOCK_K=keys, num_warps=warps, num_stages=stages)
+def _tiles(*sizes: tuple[int, tuple[int, int, int, int]]) -> list[Row]:
+    return [Row(dim, dict(BLOCK_Q=q, BLOCK_K=k, num_warps=warps, num_stages=stages)) for dim, (q, k, warps, stages) in sizes]
 
 
 _table(
     "attention_forward_16",
-    [Row(64, _attention(128, 64, 8, 2)), Row(128, _attention(128, 32, 8, 2)), Row(256, _attention(64, 32, 8, 2))],
-    sm_80=[
-        Row(64, _attention(128, 64, 8, 3)),
-        Row(96, _attention(128, 32, 8, 3)),  # the bound of a width that is no power of two costs registers
-        Row(128, _attention(128, 64, 8, 2)),
-        Row(256, _attention(32, 32, 4, 2)),
-    ],
-    sm_90=[Row(64, _attention(128, 64, 8, 3)), Row(128, _attention(128, 128, 8, 2)), Row(256, _attention(128, 64, 8, 2))],
+    _tiles((64, (128, 64, 8, 2)), (128, (128, 32, 8, 2)), (256, (64, 32, 8, 1))),
+    sm_80=_tiles((64, (128, 64, 8, 3)), (128, (128, 32, 8, 3)), (256, (64, 32, 8, 2))),
+    sm_90=_tiles((64, (128, 64, 8, 3)), (128, (128, 128, 8, 2)), (256, (128, 64, 8, 2))),
 )
 _table(
-    "attention_forward_16_dropout",
-    [Row(64, _attention(128, 32, 8, 2)), Row(128, _attention(128, 32, 8, 2)), Row(256, _attention(64, 32, 8, 2))],
-    sm_80=[Row(64, _attention(128, 32, 8, 3)), Row(128, _attention(128, 32, 8, 3)), Row(256, _attention(32, 32, 4, 2))],
-    sm_90=[Row(64, _attention(128, 64, 8, 3)), Row(128, _attention(128, 32, 8, 3)), Row(256, _attention(64, 32, 8, 2))],
+    "attention_forward_16_more",
+    _tiles((64, (128, 64, 8, 2)), (128, (128, 32, 8, 2)), (256, (64, 32, 8, 2))),
+    sm_80=_tiles((64, (128, 32, 8, 3)), (128, (128, 32, 8, 3)), (256, (32, 32, 8, 1))),
+    sm_90=_tiles((64, (128, 64, 8, 3)), (128, (128, 32, 8, 3)), (256, (64, 32, 8, 2))),
 )
-_table(  # multiplied without tensor cores; ptxas of sm_90 on keeps whole rows of both tiles in registers
+_table(
     "attention_forward_32",
-    [Row(64, _attention(32, 32, 8, 2)), Row(128, _attention(16, 16, 8, 1)), Row(256, _attention(16, 16, 8, 1))],
-    sm_80=[Row(128, _attention(32, 32, 4, 2)), Row(256, _attention(16, 16, 8, 1))],
+    _tiles((256, (32, 32, 8, 1))),
+    sm_80=_tiles((64, (32, 32, 8, 1)), (128, (16, 32, 8, 1)), (256, (32, 32, 8, 1))),
 )
-
-# attention_backward: a row limit is the head dimension; dkdv goes through queries, dq through keys, backward does both in one
-# pass. None spills on Triton 3.6 or 3.9. _more: with ALiBi, softcap or dropout, of 16 bits alone.
 _table(
     "attention_dkdv_16",
-    [Row(64, _attention(64, 64, 8, 1)), Row(128, _attention(32, 64, 8, 1)), Row(256, _attention(32, 32, 8, 1))],
-    sm_80=[Row(64, _attention(32, 64, 8, 2)), Row(128, _attention(64, 64, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
-    sm_90=[Row(64, _attention(64, 128, 8, 2)), Row(128, _attention(32, 128, 8, 2)), Row(256, _attention(16, 64, 8, 2))],
+    _tiles((64, (64, 64, 8, 2)), (128, (32, 64, 8, 1)), (256, (32, 32, 8, 1))),
+    sm_80=_tiles((128, (32, 64, 8, 2)), (256, (32, 32, 8, 1))),
+    sm_90=_tiles((64, (64, 128, 8, 2)), (128, (32, 128, 8, 2)), (256, (32, 32, 8, 1))),
 )
 _table(
     "attention_dkdv_16_more",
-    [Row(64, _attention(32, 64, 8, 1)), Row(128, _attention(32, 64, 8, 1)), Row(256, _attention(16, 32, 8, 1))],
-    sm_80=[Row(64, _attention(32, 64, 8, 2)), Row(128, _attention(32, 64, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
-    sm_90=[Row(64, _attention(32, 128, 8, 2)), Row(128, _attention(32, 64, 8, 2)), Row(256, _attention(32, 32, 8, 2))],
+    _tiles((64, (64, 64, 8, 1)), (128, (32, 64, 8, 1)), (256, (16, 16, 8, 1))),
+    sm_80=_tiles((64, (32, 64, 8, 1)), (128, (32, 64, 8, 2)), (256, (16, 16, 8, 1))),
+    sm_90=_tiles((64, (32, 128, 8, 2)), (128, (32, 64, 8, 2)), (256, (32, 32, 8, 2))),
+)
+_table(
+    "attention_dkdv_32",
+    _tiles((64, (16, 32, 8, 1)), (256, (16, 16, 8, 1))),
+    sm_80=_tiles((64, (16, 32, 8, 1)), (128, (32, 16, 8, 1)), (256, (16, 32, 8, 1))),
 )
 _table(
     "attention_dq_16",
-    [Row(64, _attention(64, 64, 8, 1)), Row(128, _attention(64, 32, 8, 1)), Row(256, _attention(32, 32, 8, 1))],
-    sm_80=[Row(64, _attention(128, 64, 8, 2)), Row(128, _attention(64, 64, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
-    sm_90=[Row(64, _attention(128, 128, 8, 2)), Row(128, _attention(128, 64, 8, 2)), Row(256, _attention(64, 32, 4, 2))],
+    _tiles((64, (64, 64, 8, 2)), (128, (64, 64, 8, 1)), (256, (64, 32, 8, 1))),
+    sm_80=_tiles((64, (128, 64, 8, 2)), (128, (64, 64, 8, 2)), (256, (64, 32, 8, 1))),
+    sm_90=_tiles((64, (128, 128, 8, 2)), (128, (128, 64, 8, 2)), (256, (64, 32, 8, 2))),
 )
 _table(
     "attention_dq_16_more",
-    [Row(64, _attention(32, 32, 8, 1)), Row(128, _attention(32, 32, 8, 1)), Row(256, _attention(32, 32, 8, 1))],
-    sm_80=[Row(64, _attention(64, 32, 8, 2)), Row(128, _attention(64, 32, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
-    sm_90=[Row(64, _attention(128, 64, 8, 2)), Row(128, _attention(128, 32, 8, 2)), Row(256, _attention(64, 16, 8, 2))],
+    _tiles((64, (64, 64, 8, 1)), (128, (32, 32, 8, 1)), (256, (16, 32, 8, 1))),
+    sm_80=_tiles((64, (128, 32, 8, 2)), (128, (64, 32, 8, 2)), (256, (16, 64, 4, 1))),
+    sm_90=_tiles((64, (128, 64, 8, 2)), (128, (128, 32, 8, 2)), (256, (64, 16, 8, 2))),
+)
+_table(
+    "attention_dq_32",
+    _tiles((64, (32, 32, 8, 1)), (128, (16, 32, 8, 1)), (256, (32, 16, 8, 1))),
+    sm_80=_tiles((32, (16, 32, 8, 1)), (128, (32, 32, 8, 1)), (256, (16, 32, 8, 1))),
 )
 _table(
     "attention_backward_16",
-    [Row(64, _attention(32, 64, 8, 1)), Row(128, _attention(32, 64, 8, 1)), Row(256, _attention(16, 32, 8, 1))],
-    sm_80=[Row(64, _attention(32, 64, 8, 2)), Row(128, _attention(64, 64, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
-    sm_90=[Row(64, _attention(64, 128, 8, 2)), Row(128, _attention(32, 128, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
+    _tiles((128, (64, 64, 8, 1)), (256, (32, 32, 8, 1))),
+    sm_80=_tiles((128, (32, 64, 8, 2)), (256, (16, 16, 8, 1))),
+    sm_90=_tiles((64, (64, 128, 8, 2)), (128, (32, 128, 8, 2)), (256, (32, 32, 8, 1))),
 )
 _table(
     "attention_backward_16_more",
-    [Row(64, _attention(32, 32, 8, 1)), Row(128, _attention(32, 32, 8, 1)), Row(256, _attention(16, 16, 8, 1))],
-    sm_80=[Row(64, _attention(32, 32, 8, 2)), Row(128, _attention(32, 32, 8, 2)), Row(256, _attention(16, 32, 8, 1))],
-    sm_90=[Row(64, _attention(32, 64, 8, 2)), Row(128, _attention(32, 64, 8, 2)), Row(256, _attention(32, 32, 8, 1))],
+    _tiles((64, (32, 64, 8, 1)), (128, (32, 32, 8, 1)), (256, (16, 32, 8, 1))),
+    sm_80=_tiles((128, (32, 64, 8, 2)), (256, (32, 16, 8, 1))),
+    sm_90=_tiles((64, (32, 128, 8, 2)), (128, (32, 64, 8, 2)), (256, (32, 32, 8, 1))),
 )
-for _kernel in ("dkdv", "dq", "backward"):
-    _table(f"attention_{_kernel}_32", [Row(128, _attention(32, 32, 8, 1)), Row(256, _attention(16, 16, 8, 1))])
-_table("attention_delta", [Row(0, dict(BLOCK=64, num_warps=4))])
+_table(
+    "attention_backward_32",
+    _tiles((64, (16, 32, 8, 1)), (256, (16, 16, 8, 1))),
+    sm_80=_tiles((64, (32, 16, 8, 1)), (128, (16, 32, 8, 1)), (256, (32, 16, 8, 1))),
+)
+_table("attention_delta", [Row(0, dict(BLOCK=64, num_warps=8))])
 
 # attention_hopper, of sm_90 alone: a row limit is the head dimension. STAGES: buffers of keys and of values; of the 65536
 # registers of a multiprocessor the two groups that compute get 240 per thread each, the warps beside the loading one 24.

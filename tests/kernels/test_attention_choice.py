@@ -73,7 +73,7 @@ def test_who_failed_at_one_shape_is_not_taken(plant: Plant) -> None:
 def test_what_the_calls_to_come_need(plant: Plant) -> None:
     plant(row())
     assert chosen(head_dim=128, precision="bf16")[0] == "cudnn"
-    assert chosen(head_dim=128, precision="fp32") == ("triton", "nothing was measured on this GPU")
+    assert chosen(head_dim=128, precision="fp32") == ("sdpa", "fp32, which triton multiplies without tensor cores")
     assert chosen(head_dim=64) == ("triton", "nothing was measured on this GPU")
     assert chosen(head_dim=44) == ("sdpa", "triton: not with head_dim=44")
 

@@ -19,13 +19,16 @@ import torch
 from megalm_kernels import compat
 from megalm_kernels.attention import hopper, hopper_trial
 from megalm_kernels.attention.call import ALL, Call
-from megalm_kernels.attention.hopper import CANNOT_TELL, SECONDS, Verdict, settle, takes
+from megalm_kernels.attention.hopper import CANNOT_TELL, SECONDS, STARTED, Verdict, settle, takes
 from megalm_kernels.device import attention_hopper
+from megalm_kernels.launch import capture
+from megalm_kernels.specimens import identity
 
 GPU = torch.device("cuda", 0)
 CAUSAL = Call(ALL, 0, 0.125)
 FINE = 'print(\'{"fault": ""}\')'
 WRONG = 'print(\'{"fault": "lse off by 3"}\')'
+STARTS = f"print({STARTED!r}, flush=True)"
 
 
 def child(code: str, note: Path | None = None) -> list[str]:
@@ -37,7 +40,10 @@ def child(code: str, note: Path | None = None) -> list[str]:
     ("code", "good", "reason", "kept"),
     [
         (FINE, True, "passed its trial in 0 s", True),
-        (f"print('warming up'); {FINE}", True, "passed", True),
+        (f"print('warming up'); {STARTS}; {FINE}", True, "passed", True),
+        (f"{STARTS}; import os; os.kill(os.getpid(), 14)", False, "did not end within 20 s: it hangs", True),
+        ("import os; os.kill(os.getpid(), 14)", False, "after 20 s its trial was still importing torch, or compiling", False),
+        (STARTS, False, "ended with code 0", True),
         (WRONG, False, "it is wrong: lse off by 3", True),
         ("import os; os.kill(os.getpid(), 11)", False, "ended with code -11: it said nothing", True),
         ("import sys; sys.exit('an illegal memory access')", False, "ended with code 1: an illegal memory access", True),
@@ -51,6 +57,7 @@ def test_what_a_trial_says(tmp_path: Path, code: str, good: bool, reason: str, k
     verdict = settle(place, child(code, note), 20.0)
     assert verdict.good == good and reason in verdict.reason
     assert place.exists() == kept
+    assert (f"kept in {place}: delete it" in verdict.reason) == (kept and not good)
     again = settle(place, child(code, note), 20.0)
     assert again.good == good and (again == verdict or not kept)
     assert note.read_text().count("run") == (1 if kept else 2)
@@ -58,11 +65,12 @@ def test_what_a_trial_says(tmp_path: Path, code: str, good: bool, reason: str, k
 
 def test_a_trial_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     place, note = tmp_path / "verdict.json", tmp_path / "pids"
-    sleeper = f"import os, time; os.fork(); open({str(note)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(60)"
+    sleeper = f"{STARTS}; import os, time; os.fork(); open({str(note)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(60)"
     begin = time.monotonic()
     verdict = settle(place, child(sleeper), 1.0)
     assert time.monotonic() - begin < 8
-    assert not verdict.good and verdict.reason == "its trial did not end within 1 s: it hangs"
+    again = f"(kept in {place}: delete it to have it tried again)"
+    assert not verdict.good and verdict.reason == f"its trial did not end within 1 s: it hangs {again}"
     pids = note.read_text().split()
     assert len(pids) == 2
     for pid in pids:
@@ -71,6 +79,16 @@ def test_a_trial_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) ->
             time.sleep(0.02)
         assert not is_running(pid)
     assert settle(place, child(FINE), 1.0) == verdict  # and is not tried again
+    place.unlink()
+    assert settle(place, child(FINE), 20.0).good
+
+
+@pytest.mark.parametrize("said", ["", "print('{\"started\": false}', flush=True); "])
+def test_a_trial_that_is_slow_to_begin_is_made_again(tmp_path: Path, said: str) -> None:
+    place = tmp_path / "verdict.json"
+    verdict = settle(place, child(f"{said}import time; time.sleep(60)"), 0.5)
+    assert verdict == Verdict(False, "after 0 s its trial was still importing torch, or compiling") and not place.exists()
+    assert settle(place, child(FINE), 20.0).good
 
 
 def is_running(pid: str) -> bool:
@@ -99,7 +117,7 @@ def test_a_file_that_is_no_verdict_is_written_anew(tmp_path: Path) -> None:
     place = tmp_path / "verdict.json"
     for text in ("", "[]", '{"good": true}', '{"good": true, "reason": "", "more": 1}'):
         place.write_text(text)
-        assert settle(place, child(WRONG), 20.0) == Verdict(False, "it is wrong: lse off by 3")
+        assert settle(place, child(WRONG), 20.0).reason.startswith("it is wrong: lse off by 3 (kept in")
         assert json.loads(place.read_text())["good"] is False
     assert sorted(path.name for path in tmp_path.iterdir()) == ["verdict.json", "verdict.lock"]
 
@@ -118,13 +136,11 @@ def refused(queries: int = 256, keys: int = 256, channels: int = 64, dtype: torc
 
 
 def test_the_calls_that_it_takes() -> None:
-    for channels in attention_hopper.HEAD_DIMS:
+    for channels in hopper.HEAD_DIMS:
         for dtype in (torch.bfloat16, torch.float16):
             assert refused(channels=channels, dtype=dtype) == "" == refused(keys=1280, right=ALL, channels=channels, dtype=dtype)
     assert refused(queries=512, right=ALL) == ""
-    assert (hopper.HEAD_DIMS, hopper.TILE, hopper.ARCH) == (
-        attention_hopper.HEAD_DIMS, attention_hopper.TILE, attention_hopper.ARCH,
-    )  # fmt: skip
+    assert refused(return_lse=True) == refused(deterministic=False) == ""
 
 
 @pytest.mark.parametrize(
@@ -136,8 +152,8 @@ def test_the_calls_that_it_takes() -> None:
         (dict(queries=0), "nothing to do"),
         (dict(channels=96), "a head of 96 channels"),
         (dict(dtype=torch.float32), "torch.float32"),
-        (dict(left=128), "a window"),
-        (dict(right=5), "a window"),
+        (dict(left=128), "a sliding window"),
+        (dict(right=5), "a sliding window"),
         (dict(scale=0.0), "a scale of 0"),
         (dict(softcap=30.0), "softcap"),
         (dict(dropout_p=0.1), "dropout"),
@@ -176,12 +192,13 @@ def test_it_is_tried_once_and_said_why_not(gpu: dict[str, Any], caplog: pytest.L
     gpu["code"] = WRONG
     assert hopper.state() == "not tried yet"
     assert [hopper.ready(GPU), hopper.ready(GPU), hopper.ready(torch.device("cuda"))] == [False] * 3
+    reason = f"it is wrong: lse off by 3 (kept in {hopper._place_of(0)}: delete it to have it tried again)"
     assert [record.getMessage() for record in caplog.records] == [
-        "the ordinary attention forward is used on this sm_90, not the warp-specialised one: it is wrong: lse off by 3"
+        f"the ordinary attention forward is used on this sm_90, not the warp-specialised one: {reason}"
     ]
-    assert hopper.state() == "off: it is wrong: lse off by 3"
+    assert hopper.state() == f"off: {reason}"
     hopper._verdicts.clear()  # another process, which finds what is kept
-    assert hopper.state() == "off: it is wrong: lse off by 3" and not hopper.ready(GPU)
+    assert hopper.state() == f"off: {reason}" and not hopper.ready(GPU)
     assert gpu["note"].read_text() == "run\n"
 
 
@@ -227,7 +244,9 @@ def test_the_verdict_is_of_this_gpu_these_versions_and_this_source(gpu: dict[str
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "attention_hopper.py"))
     places.append(hopper._place_of(0))
-    assert len(set(places)) == 4 and {place.parent for place in places} == {compat.cache_folder()}
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.parts[-2:] == ("attention", "hopper.py")))
+    places.append(hopper._place_of(0))
+    assert len(set(places)) == 5 and {place.parent for place in places} == {compat.cache_folder()}
 
 
 def test_the_trial_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,9 +256,11 @@ def test_the_trial_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(hopper_trial, "_BYTES", 1)
     monkeypatch.setattr(torch, "empty", lambda *size, **options: None)
+    monkeypatch.setattr(hopper_trial, "prepare", lambda forward, device: print(f"compiles {forward.__name__} for {device}"))
     monkeypatch.setattr(hopper_trial, "find_fault", lambda forward, device: f"{forward.__name__} on {device}")
     assert hopper_trial.main("3", "17") == 0 and alarms == [17]
-    assert json.loads(capsys.readouterr().out) == {"fault": "forward on cuda:3"}
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["compiles forward for cuda:3", STARTED, '{"fault": "forward on cuda:3"}']
 
     def full(device: torch.device) -> None:
         raise torch.OutOfMemoryError("CUDA out\nof memory")
@@ -247,6 +268,29 @@ def test_the_trial_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr(torch.cuda, "set_device", full)
     assert hopper_trial.main("0", "17") == CANNOT_TELL
     assert capsys.readouterr().err == "OutOfMemoryError: CUDA out of memory\n"
+
+
+def test_before_the_trial_every_kernel_that_it_launches_is_compiled_and_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple] = []
+    loaded: list[str] = []
+
+    class Kernel:
+        run = property(lambda self: loaded.append("once"))
+
+    def warmup(*args: Any, grid: tuple[int, ...], **meta: Any) -> Kernel:
+        compiled.append((args, grid, meta))
+        return Kernel()
+
+    monkeypatch.setattr(attention_hopper._forward_hopper, "warmup", warmup)
+    cases = [hopper_trial.Case((1, 128, 256, 2, 1, channels), causal) for channels in (64, 128) for causal in (True, False)]
+    hopper_trial.prepare(attention_hopper.forward, torch.device("cpu"), cases)
+    assert len(loaded) == len(compiled) == len(cases)
+    for case, (args, grid, meta) in zip(cases, compiled, strict=True):
+        with capture(90) as launches:
+            attention_hopper.forward(*hopper_trial.make(case, torch.device("cpu")), -1, case.call.right, case.call.scale)
+        assert meta.pop("enable_fp_fusion")
+        same = replace(launches[0], args=args, grid=grid, meta=meta)
+        assert identity(same) == identity(launches[0]) and grid == launches[0].grid
 
 
 def test_the_trial_sees_a_result_that_varies() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalm_kernels import dispatch, flash_attention
 from megalm_kernels.attention.call import Call
-from megalm_kernels.attention.operators import HEAD_DIMS, _attention_triton, attention_backward_op, attention_forward_op
+from megalm_kernels.attention.operators import HEAD_DIMS, attention_backward_op, attention_forward_op, attention_triton
 from megalm_kernels.attention.reference import attention_reference
 
 SLOPES = torch.tensor([0.5, 0.25, 1.0, 0.125])
@@ -64,7 +64,7 @@ def test_results_and_gradients_are_those_of_the_formula(name: str, dtype: torch.
         call.sinks.requires_grad_()
     inputs = tensors(call.packed, dtype)
     error = 1e-5 if dtype == torch.float32 else 3e-2
-    for got, want in zip(gradients(_attention_triton, inputs, call), gradients(attention_reference, inputs, call), strict=True):
+    for got, want in zip(gradients(attention_triton, inputs, call), gradients(attention_reference, inputs, call), strict=True):
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, rtol=error, atol=error)
 
@@ -72,11 +72,11 @@ def test_results_and_gradients_are_those_of_the_formula(name: str, dtype: torch.
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), ()], ids=str)
 def test_only_some_gradients(wanted: tuple[int, ...]) -> None:
     call = CALLS["causal"]
-    everything = gradients(_attention_triton, tensors(), call)
+    everything = gradients(attention_triton, tensors(), call)
     inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(tensors())]
-    assert _attention_triton(*inputs, call)[0].requires_grad == bool(wanted)
+    assert attention_triton(*inputs, call)[0].requires_grad == bool(wanted)
     if wanted:
-        found = gradients(_attention_triton, inputs, call)
+        found = gradients(attention_triton, inputs, call)
         for i, got in zip(wanted, found[2:], strict=True):
             assert torch.equal(got, everything[2 + i])
 
@@ -85,7 +85,7 @@ def test_rows_that_see_nothing_have_no_gradient() -> None:
     """Whatever comes to them, through the result and through the lse."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, rows, 2, 32, generator=generator).requires_grad_() for rows in (5, 2, 2))
-    found = _attention_triton(q, k, v, CALLS["causal"])
+    found = attention_triton(q, k, v, CALLS["causal"])
     assert (found[1][..., :3] == -torch.inf).all() and torch.isfinite(found[1][..., 3:]).all()
     weights, grads = [torch.ones_like(x) for x in found], []
     for value in (1.0, 1e30):
@@ -99,7 +99,7 @@ def test_inputs_of_any_strides() -> None:
     call, (q, k, v) = CALLS["all features"], tensors()
     odd = [x.detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_() for x in (q, k, v)]
     assert not odd[0].is_contiguous()
-    for got, want in zip(gradients(_attention_triton, odd, call), gradients(_attention_triton, [q, k, v], call), strict=True):
+    for got, want in zip(gradients(attention_triton, odd, call), gradients(attention_triton, [q, k, v], call), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_compiles_into_one_graph(name: str) -> None:
     inputs = tensors(call.packed)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = _attention_triton(q * 2.0, k, v, call)
+        out, lse = attention_triton(q * 2.0, k, v, call)
         return out.square().sum() + lse.exp().sum()
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -139,7 +139,7 @@ def test_the_public_function_compiles_into_one_graph(pretend_kernels: Any) -> No
     with dispatch.use(attention="reference"):
         want = flash_attention(*inputs, window=(2, -1), return_lse=True)
     pretend_kernels()
-    assert dispatch.implementation("attention") is _attention_triton
+    assert dispatch.implementation("attention") is attention_triton
     run = torch.compile(lambda *x: flash_attention(*x, window=(2, -1), return_lse=True), fullgraph=True, backend="aot_eager")
     for got, expected in zip(run(*inputs), want, strict=True):
         torch.testing.assert_close(got, expected)
@@ -148,9 +148,9 @@ def test_the_public_function_compiles_into_one_graph(pretend_kernels: Any) -> No
 def test_autocast() -> None:
     """It does not touch what the operator is given, nor the lse, which stays fp32."""
     inputs, call = tensors(dtype=torch.bfloat16), CALLS["causal"]
-    plain = gradients(_attention_triton, inputs, call)
+    plain = gradients(attention_triton, inputs, call)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = gradients(_attention_triton, inputs, call)
+        found = gradients(attention_triton, inputs, call)
     for got, want in zip(found, plain, strict=True):
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
@@ -175,9 +175,9 @@ def test_refuses() -> None:
     call = CALLS["causal"]
     for dim in (12, 33, 264):
         with pytest.raises(ValueError, match=rf'head dimension is {dim}, wanted a multiple of 8 up to 256 .*attention="sdpa"'):
-            _attention_triton(*(torch.ones(1, 2, 1, dim),) * 3, call)
+            attention_triton(*(torch.ones(1, 2, 1, dim),) * 3, call)
     for dim in HEAD_DIMS:
-        assert _attention_triton(*(torch.ones(1, 2, 1, dim),) * 3, call)[0].shape[-1] == dim
+        assert attention_triton(*(torch.ones(1, 2, 1, dim),) * 3, call)[0].shape[-1] == dim
     q, k, v = (x.double() for x in tensors())
     with pytest.raises(ValueError, match=r"dtype of q is torch\.float64"):
-        _attention_triton(q, k, v, call)
+        attention_triton(q, k, v, call)

@@ -89,23 +89,30 @@ def has(implementation: str, feature: str, device_type: str) -> bool:
     return feature in SUPPORT[implementation] and not elsewhere
 
 
-def check_support(implementation: str, q: Tensor, k: Tensor, call: Call) -> None:
-    """Raises ValueError if the implementation does not have what the call asks for, with those that have.
+def lacking(implementation: str, q: Tensor, call: Call) -> str:
+    """The first feature or the dtype that the call asks for and the implementation does not have there; '' if it has all.
 
     That gradients repeat to the bit is a wish, which nobody is refused: torch's own on a GPU repeat only under
     `torch.use_deterministic_algorithms(True)`.
     """
-    device_type, name = q.device.type, f"attention with {implementation}"
     for feature, asks in FEATURES.items():
-        if feature == "deterministic gradients" or not asks(call) or has(implementation, feature, device_type):
-            continue
-        others = [other for other in ("triton", "reference") if has(other, feature, device_type)]
-        have = f"{' and '.join(others)} {'have' if len(others) > 1 else 'has'} it"
-        raise refuse(name, feature, "not there", f"a call without it ({have}: {_remedy('reference')})")
-    allowed = DTYPES.get(implementation, FLOATS)
-    if q.dtype not in allowed:
-        wanted = " or ".join(str(dtype) for dtype in allowed)
-        raise refuse(name, "the dtype of q", q.dtype, f"{wanted} (others: {_remedy('sdpa')})")
+        if feature != "deterministic gradients" and asks(call) and not has(implementation, feature, q.device.type):
+            return feature
+    return "" if q.dtype in DTYPES.get(implementation, FLOATS) else f"{q.dtype}"
+
+
+def check_support(implementation: str, q: Tensor, call: Call) -> None:
+    """Raises ValueError if the implementation does not have what the call asks for, with those that have."""
+    what = lacking(implementation, q, call)
+    if not what:
+        return
+    name = f"attention with {implementation}"
+    if what not in FEATURES:
+        wanted = " or ".join(str(dtype) for dtype in DTYPES[implementation])
+        raise refuse(name, "the dtype of q", what, f"{wanted} (others: {_remedy('sdpa')})")
+    others = [other for other in ("triton", "reference") if has(other, what, q.device.type)]
+    have = f"{' and '.join(others)} {'have' if len(others) > 1 else 'has'} it"
+    raise refuse(name, what, "not there", f"a call without it ({have}: {_remedy('reference')})")
 
 
 def _remedy(implementation: str) -> str:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from megalm_kernels.attention.call import DTYPES
 from megalm_kernels.attention.operators import suits
 from megalm_kernels.dispatch import Facts, Order
 
@@ -29,7 +28,6 @@ Row = Mapping[str, Any]
 TABLE = Path(__file__).with_name("measured.json")
 _USUAL = ("triton", "sdpa")
 _CANDIDATES = (*_USUAL, "cudnn")  # of equals, the first
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PROVIDERS = {"torch": "sdpa", "sdpa cudnn": "cudnn"}  # the benchmark's names that are not ours
 _FIELDS = ("gpu", "torch", "triton", "head_dim", "causal", "seq_length", "direction", "tflops", "commit")
 
@@ -38,7 +36,11 @@ def order(device_type: str, facts: Facts) -> Order:
     """For dispatch. facts: head_dim, precision (fp32, bf16, fp16) of the calls to come, where they are known."""
     if device_type != "cuda" or not torch.cuda.is_available():
         return Order(_USUAL, "the fastest here")
+    if facts.get("precision") == "fp32":
+        return Order(("sdpa", "triton"), "fp32, which triton multiplies without tensor cores")
     left_out = {name: why for name in _CANDIDATES if (why := _unfit(name, facts))}
+    if not facts:  # the calls may be of any kind, and cudnn has not all kinds
+        left_out["cudnn"] = "not for every call"
     usual = [name for name in _USUAL if name not in left_out]
     gpu = torch.cuda.get_device_name(torch.cuda.current_device())
     rows = list(_rows_here(read(TABLE), gpu, facts))
@@ -53,18 +55,14 @@ def order(device_type: str, facts: Facts) -> Order:
 
 def _unfit(implementation: str, facts: Facts) -> str:
     """Why it cannot do the calls to come; '' if it can, as far as one knows."""
-    precision, head_dim = facts.get("precision"), facts.get("head_dim")
-    if precision and implementation in DTYPES and _PRECISIONS[precision] not in DTYPES[implementation]:
-        return f"not in {precision}"
-    if head_dim and implementation == "triton" and not suits(head_dim):
+    head_dim = facts.get("head_dim")
+    if head_dim and implementation != "sdpa" and not suits(head_dim):
         return f"not with head_dim={head_dim}"
     return ""
 
 
 def _rows_here(rows: Sequence[Row], gpu: str, facts: Facts) -> Iterator[Row]:
-    """Those of this machine and of the calls to come. What was measured in bf16 says nothing of fp32."""
-    if facts.get("precision") == "fp32":
-        return
+    """Those of this machine and of the calls to come."""
     for row in rows:
         same = all(_release(row[name]) == _release(installed(name)) for name in ("torch", "triton"))
         alike = row["head_dim"] == facts.get("head_dim", row["head_dim"])

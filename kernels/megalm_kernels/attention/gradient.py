@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megalm_kernels.attention.call import Call, alibi_bias, visible
 from megalm_kernels.attention.philox import keep_mask
-from megalm_kernels.attention.reference import sequences
+from megalm_kernels.attention.reference import join, sequences
 
 
 def attention_backward_reference(
@@ -29,7 +29,7 @@ def attention_backward_reference(
         d, a, b, c, s, t = (x.unsqueeze(0) for x in part)
         for grad, found in zip(grads, _dense(d, a, b, c, s, t, one), strict=True):
             grad.append(found[0])
-    dq, dk, dv = (torch.cat(grad) for grad in grads)
+    dq, dk, dv = (join(grad, (), x.shape[0])[0] for grad, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv, delta.to(lse.dtype)
 
 

@@ -18,23 +18,30 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megalm_kernels import compat
-from megalm_kernels.attention.call import Call
+from megalm_kernels.attention.call import DTYPES, FEATURES, SUPPORT, Call
 from megalm_kernels.launch import capability
 
 ARCH = 90
-TILE = 128  # queries, and keys, that the kernel takes at a time
+TILE = 128  # queries of a program, and keys of a block
 HEAD_DIMS = (64, 128)
 SECONDS = 180.0  # for a trial: it imports torch, compiles six kernels and makes eighteen launches
+STARTED = json.dumps({"started": True})  # the line that a trial prints when all is compiled, before its first launch
 CANNOT_TELL = 75  # the trial's exit code, where it could not be made at all
-_SOURCES = ("device/attention_hopper.py", "device/attention_tiles.py", "attention/hopper_trial.py", "tables.py")
-_FLOATS = (torch.bfloat16, torch.float16)
+_SOURCES = (
+    "device/attention_hopper.py",
+    "device/attention_tiles.py",
+    "attention/hopper.py",
+    "attention/hopper_trial.py",
+    "tables.py",
+)
+_LACKS = [(name, asks) for name, asks in FEATURES.items() if name not in SUPPORT["hopper"]]
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -61,20 +68,15 @@ def use(wanted: bool) -> None:
 
 def takes(q: Tensor, k: Tensor, call: Call) -> str:
     """Why the ordinary kernel has to serve this call; empty if this one can. Says nothing of the machine: see `ready`."""
-    wants = {
-        "packed sequences": call.packed,
-        "a window": call.windowed,
-        "ALiBi": call.alibi_slopes is not None,
-        "softcap": call.softcap > 0,
-        "sinks": call.sinks is not None,
-        "dropout": call.dropout_p > 0,
-        f"{q.dtype}": q.dtype not in _FLOATS,
-        f"a head of {q.shape[-1]} channels": q.shape[-1] not in HEAD_DIMS,
-        "a scale of 0": call.scale <= 0,  # -inf, which stands for what is masked, times 0 is not a number
-    }
-    for what, asked in wants.items():
-        if asked:
-            return f"it has no kernel for {what}"
+    for feature, asks in _LACKS:
+        if asks(call):
+            return f"it has no kernel for {feature}"
+    if q.dtype not in DTYPES["hopper"]:
+        return f"it has no kernel for {q.dtype}"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"it has no kernel for a head of {q.shape[-1]} channels"
+    if call.scale <= 0:  # -inf, which stands for what is masked, times 0 is not a number
+        return "it has no kernel for a scale of 0"
     queries, keys = q.shape[1], k.shape[1]
     if q.numel() == 0 or k.numel() == 0:
         return "there is nothing to do"
@@ -158,6 +160,8 @@ def settle(place: Path, command: Sequence[str], seconds: float) -> Verdict:
             if kept is not None:
                 return kept
             verdict, keep = _try(command, seconds)
+            if keep and not verdict.good:
+                verdict = replace(verdict, reason=f"{verdict.reason} (kept in {place}: delete it to have it tried again)")
             if keep:
                 _write(place, verdict)
             return verdict
@@ -200,9 +204,11 @@ def _try(command: Sequence[str], seconds: float) -> tuple[Verdict, bool]:
     )
     try:
         said, complaint = child.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as error:
         _kill(child)
-        return Verdict(False, f"its trial did not end within {seconds:.0f} s: it hangs"), True
+        return _late(seconds, (error.output or b"").decode(errors="replace"))
+    if child.returncode == -signal.SIGALRM:
+        return _late(seconds, said)
     last = (complaint.strip().splitlines() or ["it said nothing"])[-1]
     if child.returncode == CANNOT_TELL:
         return Verdict(False, f"it could not be tried: {last}"), False
@@ -215,6 +221,13 @@ def _try(command: Sequence[str], seconds: float) -> tuple[Verdict, bool]:
     if fault:
         return Verdict(False, f"it is wrong: {fault}"), True
     return Verdict(True, f"it passed its trial in {time.monotonic() - begin:.0f} s"), True
+
+
+def _late(seconds: float, said: str) -> tuple[Verdict, bool]:
+    """Only what hangs after everything was compiled is the kernel's fault: a slow disk may be a faster one the next time."""
+    if STARTED in said.splitlines():
+        return Verdict(False, f"its trial did not end within {seconds:.0f} s: it hangs"), True
+    return Verdict(False, f"after {seconds:.0f} s its trial was still importing torch, or compiling"), False
 
 
 def _kill(child: subprocess.Popen) -> None:

@@ -2,8 +2,9 @@
 
     python -m megalm_kernels.attention.hopper_trial <number of the GPU> <seconds>
 
-prints one line of JSON, {"fault": "..."}: empty if the kernel is right. Exit code CANNOT_TELL: the trial itself could not be
-made, for want of memory or of a GPU that takes another process.
+prints two lines of JSON: {"started": true} when all kernels are compiled and before one is launched, and at the end
+{"fault": "..."}, empty if the kernel is right. Exit code CANNOT_TELL: the trial itself could not be made, for want of memory or
+of a GPU that takes another process.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from megalm_kernels.attention.call import ALL, Call
-from megalm_kernels.attention.hopper import CANNOT_TELL
+from megalm_kernels.attention.hopper import ARCH, CANNOT_TELL, STARTED
 from megalm_kernels.attention.reference import attention_reference
+from megalm_kernels.launch import OPTIONS, capture
 
 REPEATS = 3
 _BYTES = 1 << 30  # of GPU memory for a trial: mostly the fp64 scores of one head of k
@@ -35,6 +37,10 @@ class Case:
     sizes: tuple[int, int, int, int, int, int]
     causal: bool
     dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def call(self) -> Call:
+        return Call(ALL, 0 if self.causal else ALL, self.sizes[-1] ** -0.5)
 
 
 CASES = (  # enough programs to fill a GPU, and enough blocks of keys to go round the rings
@@ -52,6 +58,16 @@ def find_fault(forward: Forward, device: torch.device, cases: Sequence[Case] = C
     return next((fault for case in cases for fault in _faults(forward, make(case, device), case, repeats)), "")
 
 
+def prepare(forward: Forward, device: torch.device, cases: Sequence[Case] = CASES) -> None:
+    """Have what the cases launch compiled and loaded, and launch nothing: what hangs after that hangs in the kernel."""
+    with capture(ARCH) as launches:
+        for case in cases:
+            forward(*make(case, device), case.call.left, case.call.right, case.call.scale)
+    for each in launches:
+        kernel = each.kernel.warmup(*each.args, grid=each.grid, **each.meta, **OPTIONS)
+        _ = kernel.run  # Triton loads a kernel, and 3.6 has gcc make its launcher, when this is first asked for
+
+
 def make(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v; the scores are wide apart, so that a wrong block of keys is not lost in the mean of many."""
     batch, queries, keys, heads, kv_heads, channels = case.sizes
@@ -66,7 +82,7 @@ def make(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 def _faults(forward: Forward, inputs: tuple[Tensor, Tensor, Tensor], case: Case, repeats: int) -> Iterator[str]:
     q, k, v = inputs
-    call = Call(ALL, 0 if case.causal else ALL, q.shape[-1] ** -0.5)
+    call = case.call
     out, lse = forward(q, k, v, call.left, call.right, call.scale)
     for _ in range(repeats - 1):
         again = forward(q, k, v, call.left, call.right, call.scale)
@@ -100,6 +116,8 @@ def main(number: str, seconds: str) -> int:
         return CANNOT_TELL
     from megalm_kernels.device.attention_hopper import forward
 
+    prepare(forward, device)
+    print(STARTED, flush=True)
     print(json.dumps({"fault": find_fault(forward, device)}))
     return 0
 

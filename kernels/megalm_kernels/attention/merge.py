@@ -33,4 +33,4 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     safe = total.masked_fill(nothing, 1.0)
     lse, shares = (largest + safe.log()).masked_fill(nothing, -torch.inf), weights / safe
     merged = sum(share.transpose(-1, -2)[..., None] * out.to(share.dtype) for share, out in zip(shares, outs, strict=True))
-    return merged.to(outs[0].dtype), lse
+    return merged.to(outs[0].dtype).contiguous(), lse

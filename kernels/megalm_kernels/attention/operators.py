@@ -77,7 +77,8 @@ def _call(
 ) -> Call:  # fmt: skip
     sequence, head, query, key = origin
     return Call(
-        left, right, scale, softcap, alibi_slopes, sinks, dropout_p, seed, (sequence, head, query, key), cu_seqlens_q, cu_seqlens_k
+        left, right, scale, softcap, alibi_slopes, sinks, dropout_p, seed, (sequence, head, query, key), cu_seqlens_q,
+        cu_seqlens_k
     )
 
 
@@ -108,7 +109,8 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     dq, dk, dv, delta = attention_backward_op(dout, dlse, q, k, v, out, lse, slopes, starts_q, starts_k, *ctx.numbers)
     dsinks = None
     if sinks is not None:
-        dsinks = -(torch.exp(sinks.float()[:, None] - lse) * delta).sum(-1)  # its share of the softmax, and no value
+        share = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)  # of the softmax; it has no value
+        dsinks = -(share * delta).sum(-1)
         dsinks = (dsinks if starts_q is not None else dsinks.sum(0)).to(sinks.dtype)
     return dq, dk, dv, None, dsinks, None, None, *(None for _ in ctx.numbers)
 
@@ -121,15 +123,16 @@ def suits(head_dim: int) -> bool:
     return 0 < head_dim <= max(HEAD_DIMS) and head_dim % 8 == 0
 
 
-def _attention_triton(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-    check_support("triton", q, k, call)
-    if takes(q, k, v, call):
-        return decode(q, k, v, call), None
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """Result and, unless it is a call for the decoding kernel, lse."""
+    check_support("triton", q, call)
     if not suits(q.shape[-1]):
         wanted = "a multiple of 8 up to 256 (others: kernels.attention=sdpa or use(attention=\"sdpa\"))"
         raise refuse("attention with Triton", "the head dimension", q.shape[-1], wanted)
+    if takes(q, k, v, call):
+        return decode(q, k, v, call), None
     numbers = (call.left, call.right, call.scale, call.softcap, call.dropout_p, call.seed, list(call.origin), call.deterministic)
     return attention_forward_op(q, k, v, call.alibi_slopes, call.sinks, call.cu_seqlens_q, call.cu_seqlens_k, *numbers)
 
 
-register("attention", "triton", _attention_triton, triton_obstacle)
+register("attention", "triton", attention_triton, triton_obstacle)

@@ -46,7 +46,8 @@ def flash_attention(
     """Attention over the sequence. q (B, Sq, H, D), k and v (B, Sk, Hkv, D) with H a multiple of Hkv -> (B, Sq, H, D).
 
     Packed: q (Tq, H, D), k and v (Tk, Hkv, D) with cu_seqlens_q and cu_seqlens_k (N + 1,) int32, which say where each of N
-    sequences begins and the last ends; a query sees keys of its own sequence only. Result (Tq, H, D).
+    sequences begins and the last ends; a query sees keys of its own sequence only. Rows behind the last are padding: 0, and no
+    gradient. Result (Tq, H, D).
 
     causal: the last query sees every key, the one before it one key fewer, and so on: aligned at the end, which is what
     decoding with a key/value cache needs. A query that sees no key gives 0.
@@ -62,6 +63,7 @@ def flash_attention(
 
     Raises ValueError; also for what the implementation that was chosen does not have, with the one that has it.
     """
+    q, k, v = _as_autocast_wants(q, k, v)
     call = _call(
         q, k, v, causal, window, scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
         origin=tuple(origin), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, deterministic=deterministic,
@@ -85,6 +87,15 @@ def flash_attention_reference(
     call = _call(q, k, v, causal, window, scale, **options)
     out, lse = attention_reference(q, k, v, call)
     return (out, lse) if call.return_lse else out
+
+
+def _as_autocast_wants(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As torch does with its own attention: in autocast's dtype, of which fp64 is left out."""
+    if not isinstance(tensors[0], Tensor) or not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    cast = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in tensors)
 
 
 def _call(
@@ -128,6 +139,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     wanted = "(T, H, D), packed" if packed else "(B, S, H, D); or (T, H, D) with cu_seqlens_q and cu_seqlens_k"
     if q.dim() != (3 if packed else 4):
         raise refuse(_NAME, "the shape of q", tuple(q.shape), wanted)
+    if q.shape[-1] == 0:
+        raise refuse(_NAME, "the shape of q", tuple(q.shape), "at least one channel per head")
     for name, x in (("k", k), ("v", v)):
         check_dtype(_NAME, name, x, (q.dtype,))
         check_device(_NAME, name, x, q)
@@ -156,10 +169,10 @@ def _check_packed(q: Tensor, k: Tensor, call: Call) -> None:
 
 
 def _check_starts(name: str, starts: Tensor, tokens: int) -> None:
-    """Otherwise rows belong to no sequence, or to several."""
+    """Otherwise rows belong to several sequences, or are not there."""
     values = starts.tolist()
-    if values[0] != 0 or values[-1] != tokens or values != sorted(values):
-        raise refuse(_NAME, name, values, f"0, where each sequence ends in rising order, and at last {tokens}, the tokens")
+    if values[0] != 0 or values[-1] > tokens or values != sorted(values):
+        raise refuse(_NAME, name, values, f"0 and where each sequence ends, in rising order, {tokens} at the most")
 
 
 def _check_heads(q: Tensor, call: Call) -> None:

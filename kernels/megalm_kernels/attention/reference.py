@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megalm_kernels.attention.call import Call, alibi_bias, visible
@@ -21,8 +22,20 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Te
         return _dense(q, k, v, call)
     parts = [_dense(a.unsqueeze(0), b.unsqueeze(0), c.unsqueeze(0), one) for a, b, c, one in sequences(q, k, v, call)]
     if not parts:
-        return torch.zeros_like(q), q.new_zeros(q.shape[1], 0, dtype=_wide(q))
-    return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=-1)
+        return torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=_wide(q))
+    out, lse = join([out[0] for out, _ in parts], [lse[0] for _, lse in parts], q.shape[0])
+    assert lse is not None
+    return out, lse
+
+
+def join(outs: Sequence[Tensor], lses: Sequence[Tensor], rows: int) -> tuple[Tensor, Tensor | None]:
+    """Packed sequences one behind the other; rows behind the last are padding: 0, with lse -inf."""
+    out, lse = torch.cat(list(outs)), torch.cat(list(lses), dim=-1) if lses else None
+    if out.shape[0] < rows:
+        behind = rows - out.shape[0]
+        out = F.pad(out, (0, 0, 0, 0, 0, behind))
+        lse = None if lse is None else F.pad(lse, (0, behind), value=-torch.inf)
+    return out, lse
 
 
 def sequences(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Iterator[tuple[Tensor, Tensor, Tensor, Call]]:

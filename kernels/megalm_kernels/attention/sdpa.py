@@ -6,7 +6,9 @@ how many there are follows from the lengths, and they are left out.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,12 +17,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalm_kernels.arguments import refuse
-from megalm_kernels.attention.call import ALL, Call, alibi_bias, check_support, visible
+from megalm_kernels.attention.call import ALL, Call, alibi_bias, check_support, lacking, visible
 from megalm_kernels.attention.choice import order
-from megalm_kernels.attention.reference import attention_reference, sequences
-from megalm_kernels.dispatch import prefer, register
+from megalm_kernels.attention.operators import attention_triton, suits
+from megalm_kernels.attention.reference import attention_reference, join, sequences
+from megalm_kernels.dispatch import prefer, register, triton_obstacle
 from megalm_kernels.launch import capability
 
+_log = logging.getLogger(__name__)
 Result = tuple[Tensor, Tensor | None]  # lse only where it is asked for
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -28,13 +32,13 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 def _attention_sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
     """Whatever torch picks. Packed sequences go one by one, and the host waits for the device to know where they are."""
-    check_support("sdpa", q, k, call)
+    check_support("sdpa", q, call)
     return _each(_dense, q, k, v, call)
 
 
 def _attention_cudnn(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
     """cuDNN's, or a ValueError: torch is not allowed another one. Packed as above."""
-    check_support("cudnn", q, k, call)
+    check_support("cudnn", q, call)
     try:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return _each(_dense, q, k, v, call)
@@ -47,7 +51,7 @@ def _attention_cudnn(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
 
 
 def _attention_reference(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
-    check_support("reference", q, k, call)
+    check_support("reference", q, call)
     return attention_reference(q, k, v, call)
 
 
@@ -57,9 +61,10 @@ def _each(dense: Callable[..., Result], q: Tensor, k: Tensor, v: Tensor, call: C
         return dense(q, k, v, call)
     parts = [dense(*(x.unsqueeze(0) for x in part), one) for *part, one in sequences(q, k, v, call)]
     if not parts:
-        return torch.zeros_like(q), q.new_zeros(q.shape[1], 0, dtype=torch.float32) if call.return_lse else None
-    out, lses = torch.cat([out[0] for out, _ in parts]), [lse[0] for _, lse in parts if lse is not None]
-    return out, torch.cat(lses, dim=-1) if lses else None
+        nothing = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
+        return torch.zeros_like(q), nothing if call.return_lse else None
+    outs, lses = [out[0] for out, _ in parts], [lse[0] for _, lse in parts if lse is not None]
+    return join(outs, lses, q.shape[0])
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
@@ -143,8 +148,30 @@ def _cudnn_obstacle(device_type: str) -> str:
     return f"the GPU is sm_{arch}, cuDNN's attention needs sm_80" if arch < 80 else ""
 
 
-register("attention", "sdpa", _attention_sdpa)
+def _by_default(name: str, function: Callable[..., Result]) -> Callable[..., Result]:
+    """Where nobody asked for it by name, a call that it does not have goes to triton, or to the reference."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
+        what = lacking(name, q, call)
+        if name == "cudnn" and not what and q.shape[1] != k.shape[1]:
+            what = "other lengths of queries than of keys"
+        if not what:
+            return function(q, k, v, call)
+        other = "reference" if triton_obstacle(q.device.type) or not suits(q.shape[-1]) else "triton"
+        _say(name, what, other)
+        return (attention_reference if other == "reference" else attention_triton)(q, k, v, call)
+
+    return run
+
+
+@cache
+def _say(name: str, what: str, other: str) -> None:
+    """Once."""
+    _log.warning("attention: %s has no kernel for %s; %s runs instead", name, what, other)
+
+
+register("attention", "sdpa", _attention_sdpa, by_default=_by_default("sdpa", _attention_sdpa))
 register("attention", "torch", _attention_sdpa)  # what backend=torch means here
-register("attention", "cudnn", _attention_cudnn, _cudnn_obstacle)
+register("attention", "cudnn", _attention_cudnn, _cudnn_obstacle, _by_default("cudnn", _attention_cudnn))
 register("attention", "reference", _attention_reference)
 prefer("attention", order)

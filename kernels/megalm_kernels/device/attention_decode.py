@@ -193,7 +193,7 @@ def _splits(programs: int, keys: int, device: torch.device) -> int:
 
 
 def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
-    """Every row of the tables; the heads of the presets, whole and split over 8 ranks, as far as they are other kernels."""
+    """Every row of the tables, without features and with all of them."""
 
     def case(
         width: int, dtype: torch.dtype, heads: int, key_heads: int, samples: int = 4, queries: int = 1, **features: int
@@ -209,23 +209,10 @@ def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
         return run
 
     everything = dict(left=1024, softcap=30)
-    shapes = [(width, bits, more) for width in (64, 128, 256) for bits in (16, 32) for more in ({}, everything)]
-    shapes += [
-        (80, 16, everything),
-        (192, 16, everything),
-        (32, 16, {}),
-        (80, 32, {}),
-        (96, 16, {}),
-        (192, 32, {}),
-    ]  # nearly those
-    for width, bits, features in shapes:
-        dtype = torch.bfloat16 if bits == 16 else torch.float32
-        label = f"decode_attention {width} {str(dtype).removeprefix('torch.')}{', everything' * bool(features)}"
-        yield label, case(width, dtype, 32, 8, **features), {"LDG.128"}
-        if bits == 16:
-            yield f"{label}, 8 queries", case(width, dtype, 32, 8, queries=8, **features), {"LDG.128"}
-        if width in (64, 128, 256):
-            yield f"{label}, one range", case(width, dtype, 32, 8, samples=256, **features), {"LDG.128"}
-    for width, heads in ((64, 12), (64, 25), (128, 96)):  # without groups; with one key head on a rank
-        yield f"decode_attention {width} bfloat16, {heads} heads", case(width, torch.bfloat16, heads, heads), {"LDG.128"}
-        yield f"decode_attention {width} bfloat16, a key head", case(width, torch.bfloat16, 8, 1), {"LDG.128"}
+    for width in (64, 128, 256):
+        for dtype, queries in ((torch.bfloat16, 1), (torch.bfloat16, 8), (torch.float32, 1)):
+            label = f"decode_attention {width} {str(dtype).removeprefix('torch.')}, {queries} queries"
+            yield label, case(width, dtype, 32, 8, queries=queries), {"LDG.128"}
+            yield f"{label}, everything", case(width, dtype, 32, 8, queries=queries, **everything), {"LDG.128"}
+    yield "decode_attention 80 bfloat16", case(80, torch.bfloat16, 32, 8), {"LDG.128"}  # padded to a power of two
+    yield "decode_attention 128 bfloat16, one range", case(128, torch.bfloat16, 32, 8, samples=256), {"LDG.128"}

@@ -10,18 +10,30 @@ import triton.language as tl
 from torch import Tensor
 
 from megalm_kernels import tables
+from megalm_kernels.attention import hopper
+from megalm_kernels.attention.call import Call
 from megalm_kernels.attention.philox import threshold
-from megalm_kernels.device.attention_tiles import LN_2, LOG2_E, keeps, key_blocks, packed_block, place_in, scored, visible
+from megalm_kernels.device.attention_tiles import (
+    LN_2,
+    LOG2_E,
+    heads_at_once,
+    keeps,
+    key_blocks,
+    part_of,
+    products,
+    scored,
+    span,
+    visible,
+)
 from megalm_kernels.launch import arch_of, launch
-
-L2_BYTES = 24 * 2**20  # of keys and values that programs running together read again and again: half an H100's L2
 
 
 @triton.jit
 def _attend(
-    acc, total, largest, q, K, V, begin, end, row, queries, keys, left, right, scale, softcap, slope,
+    acc, total, largest, q, Q_PARTS, K_PARTS, K, V, begin, end, row, queries, keys, left, right, scale, softcap, slope,
     sequence, head, query_from, key_from, seed_low, seed_high, drop_below,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    D: tl.constexpr, PART: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """The keys from begin to end; acc, total and largest as they are after them."""
@@ -29,8 +41,11 @@ def _attend(
     places = (rows + (keys - queries))[:, None]
     for start in tl.range(begin, end, BLOCK_K):
         columns = (start + tl.arange(0, BLOCK_K))[None, :]
-        k = K.load([start, 0])
-        s, factor, _ = scored(tl.dot(q, k.T, input_precision="ieee"), places, columns, scale, softcap, slope, SOFTCAP, ALIBI)
+        if PART:
+            s = products(Q_PARTS, 0, 0, K_PARTS, start, 0, BLOCK_Q, BLOCK_K, D, PART)
+        else:
+            s = tl.dot(q, K.load([start, 0]).T)
+        s, factor, _ = scored(s, places, columns, scale, softcap, slope, SOFTCAP, ALIBI)
         if MASK:
             s = tl.where(visible(places, columns, keys, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
         new = tl.maximum(largest, tl.max(s, axis=1) * factor)
@@ -60,37 +75,27 @@ def _forward(
     Q, K, V, OUT, LSE, SLOPES, SINKS, STARTS_Q, STARTS_K, sequences, queries, keys, heads, groups, blocks, width,
     q_sequence, q_row, q_head, k_sequence, k_row, k_head, v_sequence, v_row, v_head, slopes_sequence,
     left, right, scale, softcap, seed_low, seed_high, drop_below, keep_scale, o_sequence, o_head, o_query, o_key,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SEQUENCES: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SEQUENCES: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scores) v and lse = log sum exp(scores) for one block of queries of one head. SEQUENCES: 0 if not packed."""
-    if SEQUENCES:
-        slot, head = place_in(tl.program_id(0), blocks, heads, width)
-        sequence, block = packed_block(slot, STARTS_Q, sequences, BLOCK_Q, SEQUENCES)
-        q_from, k_from = tl.load(STARTS_Q + sequence).to(tl.int64), tl.load(STARTS_K + sequence).to(tl.int64)
-        all_queries = queries
-        queries = tl.load(STARTS_Q + sequence + 1) - q_from.to(tl.int32)
-        keys = tl.load(STARTS_K + sequence + 1) - k_from.to(tl.int32)
-        lse_from = head.to(tl.int64) * all_queries + q_from
-        out_from = q_from
-        q_from, v_from, k_from = q_from * q_row, k_from * v_row, k_from * k_row
-    else:
-        block, head = place_in(tl.program_id(0), blocks, heads, width)
-        sequence, head = head // (heads // sequences), head % (heads // sequences)
-        wide = sequence.to(tl.int64)
-        heads = heads // sequences
-        lse_from = (wide * heads + head) * queries
-        out_from = wide * queries
-        q_from, k_from, v_from = wide * q_sequence, wide * k_sequence, wide * v_sequence
+    sequence, head, heads, block = part_of(tl.program_id(0), blocks, heads, width, STARTS_Q, sequences, BLOCK_Q, SEQUENCES, True)
+    wide, this, kv = sequence.to(tl.int64), head.to(tl.int64), (head // groups).to(tl.int64)
+    statistics = (this if SEQUENCES else wide * heads + head) * queries  # where this head's begin
+    out_from = wide * 0 if SEQUENCES else wide * queries
+    q_start, queries = span(STARTS_Q, sequence, queries, SEQUENCES)
+    k_start, keys = span(STARTS_K, sequence, keys, SEQUENCES)
     row = block * BLOCK_Q
     if row >= queries:
         return
-    kv = (head // groups).to(tl.int64)
-    Q += q_from + row.to(tl.int64) * q_row + head.to(tl.int64) * q_head
+    Q += wide * q_sequence + (q_start + row) * q_row + this * q_head
+    K += wide * k_sequence + k_start * k_row + kv * k_head
+    V += wide * v_sequence + k_start * v_row + kv * v_head
     q_rows = tl.make_tensor_descriptor(Q, [queries - row, D], [q_row, 1], [BLOCK_Q, BLOCK_D])
-    k_rows = tl.make_tensor_descriptor(K + k_from + kv * k_head, [keys, D], [k_row, 1], [BLOCK_K, BLOCK_D])
-    v_rows = tl.make_tensor_descriptor(V + v_from + kv * v_head, [keys, D], [v_row, 1], [BLOCK_K, BLOCK_D])
+    k_rows = tl.make_tensor_descriptor(K, [keys, D], [k_row, 1], [BLOCK_K, BLOCK_D])
+    v_rows = tl.make_tensor_descriptor(V, [keys, D], [v_row, 1], [BLOCK_K, BLOCK_D])
     slope = 0.0
     if ALIBI:
         slope = tl.load(SLOPES + sequence * slopes_sequence + head)
@@ -100,33 +105,41 @@ def _forward(
         largest = tl.zeros((BLOCK_Q,), tl.float32) + tl.load(SINKS + head).to(tl.float32) * LOG2_E
         total += 1.0
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    q = q_rows.load([0, 0])
+    q, q_parts, k_parts = q_rows, q_rows, k_rows
+    if PART:
+        q_parts = tl.make_tensor_descriptor(Q, [queries - row, D], [q_row, 1], [BLOCK_Q, PART])
+        k_parts = tl.make_tensor_descriptor(K, [keys, D], [k_row, 1], [BLOCK_K, PART])
+    else:
+        q = q_rows.load([0, 0])
     begin, full, end_full, end = key_blocks(row, queries, keys, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT)
     if HAS_LEFT:
         acc, total, largest = _attend(
-            acc, total, largest, q, k_rows, v_rows, begin, min(full, end), row, queries, keys, left, right, scale, softcap, slope,
+            acc, total, largest, q, q_parts, k_parts, k_rows, v_rows, begin, min(full, end), row, queries, keys, left, right,
+            scale, softcap, slope,
             sequence + o_sequence, head + o_head, o_query, o_key, seed_low, seed_high, drop_below,
-            BLOCK_Q, BLOCK_K, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, DROPOUT,
+            D, PART, BLOCK_Q, BLOCK_K, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, DROPOUT,
         )  # fmt: skip
     acc, total, largest = _attend(
-        acc, total, largest, q, k_rows, v_rows, full, end_full, row, queries, keys, left, right, scale, softcap, slope,
+        acc, total, largest, q, q_parts, k_parts, k_rows, v_rows, full, end_full, row, queries, keys, left, right, scale,
+        softcap, slope,
         sequence + o_sequence, head + o_head, o_query, o_key, seed_low, seed_high, drop_below,
-        BLOCK_Q, BLOCK_K, False, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, DROPOUT,
+        D, PART, BLOCK_Q, BLOCK_K, False, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, DROPOUT,
     )  # fmt: skip
     acc, total, largest = _attend(
-        acc, total, largest, q, k_rows, v_rows, end_full, end, row, queries, keys, left, right, scale, softcap, slope,
+        acc, total, largest, q, q_parts, k_parts, k_rows, v_rows, end_full, end, row, queries, keys, left, right, scale, softcap,
+        slope,
         sequence + o_sequence, head + o_head, o_query, o_key, seed_low, seed_high, drop_below,
-        BLOCK_Q, BLOCK_K, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, DROPOUT,
+        D, PART, BLOCK_Q, BLOCK_K, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, DROPOUT,
     )  # fmt: skip
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
     lse = tl.where(nothing, float("-inf"), (largest + tl.log2(total)) * LN_2)
     rows = row + tl.arange(0, BLOCK_Q)
-    tl.store(LSE + lse_from + rows, lse, mask=rows < queries)
+    tl.store(LSE + statistics + q_start + rows, lse, mask=rows < queries)
     if DROPOUT:
         total = total / keep_scale
     out_row = heads * D
-    OUT += (out_from + row) * out_row + head * D
+    OUT += (out_from + q_start + row) * out_row + head * D
     out = tl.make_tensor_descriptor(OUT, [queries - row, D], [out_row, 1], [BLOCK_Q, BLOCK_D])
     out.store([0, 0], (acc * (1.0 / total)[:, None]).to(OUT.dtype.element_ty))
 
@@ -150,19 +163,28 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Result and lse; see `flash_attention`. Result contiguous, lse (B, H, Sq) or packed (H, Tq) fp32."""
     heads = q.shape[-2]
+    if cu_seqlens_q is None and hopper.ready(q.device):
+        call = Call(left, right, scale, softcap, alibi_slopes, sinks, dropout_p)
+        if not hopper.takes(q, k, call):
+            from megalm_kernels.device import attention_hopper  # and with it Gluon, which others need not load
+
+            return attention_hopper.forward(q, k, v, left, right, scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:-3], heads, q.shape[-3]), dtype=torch.float32, device=q.device)
+    if cu_seqlens_q is not None:  # rows behind the last sequence are nobody's, and stay so
+        out, lse = out.zero_(), lse.fill_(-torch.inf)
     if q.numel() == 0:
         return out, lse
     if k.numel() == 0:
         lse.copy_(torch.full_like(lse, -torch.inf) if sinks is None else sinks.float()[:, None].expand(lse.shape))
         return out.zero_(), lse
     q, k, v = (tile_ready(x) for x in (q, k, v))
-    settings = settings_of("attention_forward", q, dropout_p)
+    alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k = in_order(alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    settings = settings_of(f"attention_forward_16{'_more' if dropout_p > 0.0 else ''}", q)
     sequences, blocks, programs = count_programs(q, cu_seqlens_q, settings["BLOCK_Q"])
     launch(
         _forward, (programs * blocks,), q, k, v, out, lse, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
-        sequences, q.shape[-3], k.shape[-3], programs, heads // k.shape[-2], blocks, heads_at_once(q, k),
+        sequences, q.shape[-3], k.shape[-3], programs, heads // k.shape[-2], blocks, min(heads_at_once(q, k), programs),
         *strides_of(q), *strides_of(k), *strides_of(v), slopes_stride(alibi_slopes), left, right, scale, softcap,
         *dropout_arguments(dropout_p, seed), *origin, SEQUENCES=sequences_bound(cu_seqlens_q),
         **flags_of(left, right, softcap, alibi_slopes, dropout_p), SINK=sinks is not None, **settings,
@@ -170,12 +192,18 @@ def forward(
     return out, lse
 
 
-def settings_of(table: str, q: Tensor, dropout_p: float = 0.0) -> dict[str, Any]:
-    """Block sizes by the head dimension, padded to a power of two, and the size of an element; dropout has its own table."""
-    dim = q.shape[-1]
-    bits = 32 if q.element_size() == 4 else 16
-    name = f"{table}_{bits}{'_dropout' * (dropout_p > 0.0 and bits == 16)}"
-    return dict(D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim))) | tables.lookup(name, arch_of(q.device), dim)
+def settings_of(table: str, q: Tensor) -> dict[str, Any]:
+    """Block sizes by the head dimension, padded to a power of two. table: that of 16 bits. PART: see `products`."""
+    dim, bits = q.shape[-1], 32 if q.element_size() == 4 else 16
+    name = table if bits == 16 else table[: table.index("_16")] + "_32"  # one table for all features
+    settings = tables.lookup(name, arch_of(q.device), dim)
+    padded = padded_dim(dim)
+    return dict(D=dim, BLOCK_D=padded, PART=min(32, padded) if bits == 32 else 0) | settings
+
+
+def padded_dim(dim: int) -> int:
+    """How wide a tile is: products want powers of two, and 16 at the least."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 def count_programs(x: Tensor, starts: Tensor | None, block: int) -> tuple[int, int, int]:
@@ -191,17 +219,16 @@ def sequences_bound(starts: Tensor | None) -> int:
     return 0 if starts is None else triton.next_power_of_2(max(starts.shape[0] - 1, 1))
 
 
-def heads_at_once(q: Tensor, k: Tensor) -> int:
-    """How many query heads run together, so that their keys and values stay in the L2."""
-    of_one_head = 2 * k.shape[-3] * k.shape[-1] * k.element_size()
-    return max(1, L2_BYTES // of_one_head) * (q.shape[-2] // k.shape[-2])
-
-
 def tile_ready(x: Tensor) -> Tensor:
     """x, or a copy where a descriptor cannot reach its rows: address and strides must be multiples of 16 bytes."""
-    size = x.element_size()
-    fits = x.stride(-1) == 1 and all(stride * size % 16 == 0 for stride in x.stride()[:-1]) and x.storage_offset() * size % 16 == 0
+    aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    fits = aligned and x.stride(-1) == 1 and (x.stride(-3) > 0 or x.shape[-3] == 1)  # no row stands for several
     return x if fits else x.clone(memory_format=torch.contiguous_format)  # contiguous() may return x itself, misaligned as it is
+
+
+def in_order(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What is read one number after the other, contiguous."""
+    return tuple(x if x is None else x.contiguous() for x in tensors)
 
 
 def strides_of(x: Tensor) -> tuple[int, int, int]:
@@ -226,30 +253,22 @@ def flags_of(left: int, right: int, softcap: float, slopes: Tensor | None, proba
 
 
 def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
-    """Every row of the tables, the heads of the presets, and each feature where a tile is small and where it is large."""
+    """Every row of the tables, the heads of the presets, and each feature."""
     claims = {"HMMA", "HGMMA", "UTCMMA", "TMA"}
     for dim in (32, 64, 80, 96, 128, 192, 256):
         yield f"attention bfloat16 D{dim}", partial(_specimen, torch.bfloat16, dim), claims
-    for dim in (64, 128):
+    for dim in (32, 64, 128, 256):
         yield f"attention float32 D{dim}", partial(_specimen, torch.float32, dim), set()
-        for name, features in _FEATURES.items():
-            yield f"attention bfloat16 D{dim} {name}", partial(_specimen, torch.bfloat16, dim, **features), claims
     yield "attention float16 D128", partial(_specimen, torch.float16, 128), claims
-    for dim in (32, 256):
-        yield f"attention float32 D{dim}", partial(_specimen, torch.float32, dim), set()
-        yield f"attention bfloat16 D{dim} dropout", partial(_specimen, torch.bfloat16, dim, dropout_p=0.1), claims
+    each: tuple[dict[str, Any], ...] = (dict(right=-1), dict(left=1024, packed=True), dict(softcap=30.0), dict(slopes=True,
+    sinks=True))
+    for features in each:
+        yield f"attention bfloat16 D128 {', '.join(features)}", partial(_specimen, torch.bfloat16, 128, **features), claims
+    for dim in (64, 128, 256):
+        yield f"attention bfloat16 D{dim} everything", partial(_specimen, torch.bfloat16, dim, **_EVERYTHING), claims
 
 
-_FEATURES: dict[str, dict[str, Any]] = {
-    "both sides": dict(right=-1),
-    "window": dict(left=1024),
-    "packed": dict(packed=True),
-    "softcap": dict(softcap=30.0),
-    "ALiBi": dict(slopes=True),
-    "sinks": dict(sinks=True),
-    "dropout": dict(dropout_p=0.1),
-    "everything": dict(left=1024, packed=True, softcap=30.0, slopes=True, sinks=True, dropout_p=0.1),
-}
+_EVERYTHING: dict[str, Any] = dict(left=1024, packed=True, softcap=30.0, slopes=True, sinks=True, dropout_p=0.1)
 
 
 def _specimen(

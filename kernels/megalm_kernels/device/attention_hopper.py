@@ -33,13 +33,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from megalm_kernels import tables
-from megalm_kernels.device.attention_forward import heads_at_once
-from megalm_kernels.device.attention_tiles import LN_2, LOG2_E, place_in
+from megalm_kernels.attention.hopper import ARCH, HEAD_DIMS, TILE
+from megalm_kernels.device.attention_tiles import LN_2, LOG2_E, heads_at_once, place_in
 from megalm_kernels.launch import arch_of, launch
 
-ARCH = 90
-TILE = 128  # queries of a program, and keys of a block
-HEAD_DIMS = (64, 128)
 _ROWS = gl.constexpr(64)  # queries of a group of warps
 
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # what Triton 3.9 and 3.6 call it

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+L2_BYTES = 24 * 2**20  # of keys and values that programs running together read again and again: half an H100's L2
 _ROUNDS = tl.constexpr(7)  # philox.py's
 
 
@@ -40,8 +42,9 @@ def key_blocks(
 
 @triton.jit
 def query_blocks(
-    column, queries, keys, left, right, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):
+    column, queries, keys, left, right,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
     """Where the queries lie that see any of the keys column .. column + BLOCK_K - 1: (begin, full, end_full, end).
 
     Tiles of BLOCK_Q queries in [full, end_full) see all of these keys; those in [begin, full) and [end_full, end) need the mask.
@@ -83,6 +86,31 @@ def packed_block(slot, STARTS, sequences, BLOCK: tl.constexpr, SEQUENCES: tl.con
 
 
 @triton.jit
+def part_of(
+    program, blocks, heads, width, STARTS, sequences, BLOCK: tl.constexpr, SEQUENCES: tl.constexpr, LAST_FIRST: tl.constexpr
+):
+    """(sequence, head, heads of a sequence, block) of a program. heads: of all sequences together if they are not packed."""
+    if SEQUENCES:
+        slot, head = place_in(program, blocks, heads, width, LAST_FIRST)
+        sequence, block = packed_block(slot, STARTS, sequences, BLOCK, SEQUENCES)
+    else:
+        block, head = place_in(program, blocks, heads, width, LAST_FIRST)
+        heads = heads // sequences
+        sequence, head = head // heads, head % heads
+    return sequence, head, heads, block
+
+
+@triton.jit
+def span(STARTS, sequence, length, SEQUENCES: tl.constexpr):
+    """(first row, rows) of a sequence in memory that packed sequences share; else its rows begin at 0."""
+    start = sequence.to(tl.int64) * 0
+    if SEQUENCES:
+        start = tl.load(STARTS + sequence).to(tl.int64)
+        length = tl.load(STARTS + sequence + 1) - start.to(tl.int32)
+    return start, length
+
+
+@triton.jit
 def visible(places, columns, keys, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Which keys are seen from which places (a query's place is its row + Sk - Sq); broadcast against each other."""
     seen = columns < keys
@@ -91,6 +119,18 @@ def visible(places, columns, keys, left, right, HAS_LEFT: tl.constexpr, HAS_RIGH
     if HAS_LEFT:
         seen = seen & (columns >= places - left)
     return seen
+
+
+@triton.jit
+def products(
+    A, a_row, a_column, B, b_row, b_column, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, D: tl.constexpr, PART: tl.constexpr
+):
+    """a b^T of two tiles of rows in fp32, PART channels at a time: without tensor cores whole rows would not fit in registers."""
+    total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for channel in tl.range(0, D, PART):
+        a, b = A.load([a_row, a_column + channel]), B.load([b_row, b_column + channel])
+        total = tl.dot(a, b.T, total, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -118,6 +158,12 @@ def keeps(queries, columns, head, sequence, seed_low, seed_high, drop_below):
     here = queries * 0 + columns * 0
     word, _, _, _ = tl.philox(seed, queries + here, columns + here, head + here, sequence + here, n_rounds=_ROUNDS)
     return word.to(tl.int64) >= drop_below.to(tl.int64)
+
+
+def heads_at_once(q: Tensor, k: Tensor) -> int:
+    """How many query heads run together, so that their keys and values stay in the L2."""
+    of_one_head = 2 * k.shape[-3] * k.shape[-1] * k.element_size()
+    return max(1, L2_BYTES // of_one_head) * (q.shape[-2] // k.shape[-2])
 
 
 def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
