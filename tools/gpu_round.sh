@@ -16,7 +16,8 @@ set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 STEPS=(
-    install tests-norms tests-attention tests-rest cache bench-norms bench-adam bench-pointwise bench-loss
+    install tests-norms tests-attention tests-attention-features tests-rest cache
+    bench-norms bench-adam bench-pointwise bench-loss
     bench-attention-64 bench-attention-64-causal bench-attention-128 bench-attention-128-causal bench-attention-rest parity step collect
 )
 LIMIT=${GPU_ROUND_LIMIT:-570} # seconds of a step
@@ -65,7 +66,7 @@ state_of() {
 }
 
 if [ -n "$list" ]; then # before any folder is made
-    for name in "${STEPS[@]}"; do printf '%-16s %s\n' "$name" "$(state_of "$name")"; done
+    for name in "${STEPS[@]}"; do printf '%-26s %s\n' "$name" "$(state_of "$name")"; done
     exit 0
 fi
 
@@ -151,11 +152,16 @@ device_tests() {
     rm -f "$out/$name.xml" # else that of an earlier run stands where this one is stopped
     limited "$PYTHON" -m pytest "${options[@]}" -m gpu --durations=5 --junitxml "$out/$name.xml"
 }
-SLOW=("$ROOT"/tests/kernels/device/test_{norms,cross_entropy,linear_cross_entropy}.py) # each file is in one of the three steps
-ATTENTION=("$ROOT"/tests/kernels/device/test_attention*.py)
+SLOW=("$ROOT"/tests/kernels/device/test_{norms,cross_entropy,linear_cross_entropy}.py) # each file is in one of the four steps
+ATTENTION=("$ROOT"/tests/kernels/device/test_attention{,_decode,_hopper}.py)
+FEATURES=("$ROOT/tests/kernels/device/test_attention_features.py") # compiles as many kernels as those three
 step_tests-norms() { device_tests tests-norms "${SLOW[@]}"; }
 step_tests-attention() { device_tests tests-attention "${ATTENTION[@]}"; }
-step_tests-rest() { device_tests tests-rest "$ROOT/tests/kernels/device" "${SLOW[@]/#/--ignore=}" "${ATTENTION[@]/#/--ignore=}"; }
+step_tests-attention-features() { device_tests tests-attention-features "${FEATURES[@]}"; }
+step_tests-rest() {
+    local others=("${SLOW[@]}" "${ATTENTION[@]}" "${FEATURES[@]}")
+    device_tests tests-rest "$ROOT/tests/kernels/device" "${others[@]/#/--ignore=}"
+}
 
 step_cache() { limited "$PYTHON" "$ROOT/tools/gpu_cache.py" ${dry:+--dry-run} --json "$out/cache.json"; }
 

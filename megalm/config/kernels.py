@@ -30,7 +30,9 @@ class KernelsConfig:
     swiglu: str = _operation(_TRITON)
     cross_entropy: str = _operation(_TRITON)
     attention: str = knob(
-        "auto", "auto: as kernels.backend, whose torch is sdpa, or what was measured to be faster", allowed=_ATTENTION
+        "auto",
+        "auto: as kernels.backend, whose torch is sdpa; on a GPU what was measured to be faster, and sdpa in fp32",
+        allowed=_ATTENTION,
     )
     fuse_projections: bool = knob(False, "q, k and v in one matrix product, and gate and up; the parameters stay apart")
 

@@ -169,6 +169,28 @@ def test_compiled_as_not() -> None:
             compare(results(compiled, tensors, by_lse), results(attend, tensors, by_lse), torch.float32)
 
 
+@pytest.mark.parametrize("implementation", ["triton", "sdpa", "reference"])
+def test_autocast_decides_the_dtype(implementation: str, pretend_kernels: Any) -> None:
+    """Of inputs in fp32, and of mixed ones, as a rotary in fp32 leaves them. Gradients have the dtypes of what they are of."""
+    tensors = inputs((2, 5, 7, 4, 2, 32))
+    mixed = [*tensors[:2], tensors[2].bfloat16()]
+    pretend_kernels()
+    with use(attention=implementation) if implementation != "triton" else use(rotary="torch"):
+        want = results(flash_attention, [x.bfloat16() for x in tensors], True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for given in (tensors, mixed):
+                out, lse, *grads = results(flash_attention, given, True)
+                assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+                assert [x.dtype for x in grads] == [x.dtype for x in given]
+                torch.testing.assert_close(lse, want[1], **TOLERANCE[torch.float32])
+                for got, expected in zip((out, *grads), (want[0], *want[2:]), strict=True):
+                    torch.testing.assert_close(got, expected.to(got.dtype), **TOLERANCE[torch.bfloat16])
+            with torch.autocast("cpu", enabled=False):
+                assert flash_attention(*tensors).dtype == torch.float32
+        with pytest.raises(ValueError, match=r"the dtype of v is torch\.bfloat16, wanted torch\.float32"):
+            flash_attention(*mixed)
+
+
 # --- the mask and the bias, place by place ------------------------------------------------------------------------------
 
 
@@ -201,6 +223,7 @@ WRONG: list[tuple[list[Any], dict[str, Any], str]] = [
     ([X, K.to("meta"), K], {}, "the device of k is meta"),
     ([X[0], K, K], {}, "the shape of q is (3, 4, 8), wanted (B, S, H, D); or (T, H, D) with cu_seqlens_q"),
     ([X, K[0], K[0]], {}, "the shape of k is (3, 2, 8)"),
+    ([X[..., :0], K[..., :0], K[..., :0]], {}, "the shape of q is (2, 3, 4, 0), wanted at least one channel per head"),
     ([X, K, K[:, 1:]], {}, "the shape of v is (2, 2, 2, 8), wanted (2, 3, 2, 8)"),
     ([X, K[:1], K[:1]], {}, "the shape of k is (1, 3, 2, 8), wanted q's sequences and channels, (2, 3, 4, 8)"),
     ([X, K[..., :4], K[..., :4]], {}, "the shape of k is (2, 3, 2, 4)"),

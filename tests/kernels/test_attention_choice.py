@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megalm_kernels import dispatch
-from megalm_kernels.attention import choice
+from megalm_kernels import dispatch, flash_attention, flash_attention_reference
+from megalm_kernels.attention import choice, sdpa
 
 GPU = "NVIDIA H200"
+KNOWN = {"head_dim": 128, "precision": "bf16"}
 Plant = Callable[..., None]
 
 
@@ -33,7 +35,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(dispatch.compat, "interpreting", lambda: False)
     has = dispatch._registry["attention"]
-    here = {name: dispatch._Implementation(one.function, lambda device: "") for name, one in has.items()}
+    here = {name: replace(one, obstacle=lambda device: "") for name, one in has.items()}
     monkeypatch.setattr(dispatch, "_registry", {"attention": here})
     monkeypatch.setattr(dispatch, "_chosen", {})
     return lambda *rows: choice.write(choice.TABLE, rows)
@@ -55,19 +57,28 @@ def test_without_a_measurement_triton_is_taken(plant: Plant) -> None:
 
 def test_the_fastest_is_taken_by_the_mean_over_rows(plant: Plant) -> None:
     plant(row())
-    assert chosen() == ("cudnn", f"measured 1.30x triton on {GPU}")
+    assert chosen(**KNOWN) == ("cudnn", f"measured 1.30x triton on {GPU}")
     plant(row(), row(seq_length=512, tflops={"triton": 300.0, "sdpa": 100.0, "cudnn": 100.0}))
-    assert chosen() == ("triton", f"measured 1.52x cudnn on {GPU}")  # sqrt(400 300 / (520 100))
+    assert chosen(**KNOWN) == ("triton", f"measured 1.52x cudnn on {GPU}")  # sqrt(400 300 / (520 100))
     plant(row(tflops={"triton": 1.0, "sdpa": 1.0}))
     assert chosen() == ("triton", f"measured 1.00x sdpa on {GPU}")
     plant(row(tflops={"cudnn": 1.0, "flex": 2.0}))
-    assert chosen() == ("cudnn", f"measured on {GPU}")
+    assert chosen(**KNOWN) == ("cudnn", f"measured on {GPU}")
 
 
 def test_who_failed_at_one_shape_is_not_taken(plant: Plant) -> None:
     plant(row(), row(head_dim=256, tflops={"triton": 200.0, "sdpa": 150.0}))
     assert chosen() == ("triton", f"measured 1.23x sdpa on {GPU}")
-    assert chosen(head_dim=128)[0] == "cudnn", "which did all of those that count"
+    assert chosen(**KNOWN)[0] == "cudnn", "which did all of those that count"
+
+
+def test_cudnn_only_where_the_calls_to_come_are_known(plant: Plant) -> None:
+    """It has neither every head dimension nor fp32, and a call that it does not have would be refused."""
+    plant(row())
+    for facts in ({}, {"head_dim": 128}, {"precision": "bf16"}):
+        assert chosen(**facts) == ("triton", f"measured 1.14x sdpa on {GPU}"), facts
+    plant(row(tflops={"triton": 300.0, "sdpa": 350.0, "cudnn": 520.0}))
+    assert chosen()[0] == "sdpa"
 
 
 def test_what_the_calls_to_come_need(plant: Plant) -> None:
@@ -81,12 +92,41 @@ def test_what_the_calls_to_come_need(plant: Plant) -> None:
 def test_what_cannot_run_is_passed_over(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(row())
     has = dispatch._registry["attention"]
-    monkeypatch.setitem(has, "cudnn", dispatch._Implementation(has["cudnn"].function, lambda device: "no cuDNN"))
-    assert chosen() == ("triton", "cudnn: no cuDNN")
-    monkeypatch.setitem(has, "triton", dispatch._Implementation(has["triton"].function, lambda device: "sm_75"))
-    assert chosen() == ("sdpa", "cudnn: no cuDNN; triton: sm_75")
+    monkeypatch.setitem(has, "cudnn", replace(has["cudnn"], obstacle=lambda device: "no cuDNN"))
+    assert chosen(**KNOWN) == ("triton", "cudnn: no cuDNN")
+    monkeypatch.setitem(has, "triton", replace(has["triton"], obstacle=lambda device: "sm_75"))
+    assert chosen(**KNOWN) == ("sdpa", "cudnn: no cuDNN; triton: sm_75")
     (found,) = dispatch.choose("auto", "cpu")
     assert found.backend == "sdpa"
+
+
+FEATURES: list[dict[str, Any]] = [{"softcap": 2.0}, {"sinks": torch.zeros(4)}, {"dropout_p": 0.5, "seed": 3}]
+
+
+def test_on_a_cpu_auto_runs_whatever_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    """What torch's own does not have is done by the reference, which is said once for each; by name it is refused."""
+    q, k = torch.randn(2, 3, 4, 32).requires_grad_(), torch.randn(2, 3, 2, 32)
+    sdpa._say_once.cache_clear()
+    with dispatch.use("auto", "cpu", rms_norm="torch"), caplog.at_level("INFO", "megalm_kernels"):
+        for features in FEATURES * 2:
+            got, want = (f(q, k, k, **features) for f in (flash_attention, flash_attention_reference))
+            assert torch.equal(got, want) and got.requires_grad
+        flash_attention(q, k, k, window=(1, 0), return_lse=True)
+    said = [record.getMessage() for record in caplog.records if "attention" in record.getMessage()]
+    assert len(said) == 3
+    assert all(f"{name}; reference" in line for name, line in zip(("softcap", "sinks", "dropout"), said, strict=True))
+    for names in ({"attention": "sdpa"}, {"attention": "torch"}):
+        for features in FEATURES:
+            with dispatch.use(**names), pytest.raises(ValueError, match="not there, wanted a call without it"):
+                flash_attention(q, k, k, **features)
+
+
+def test_auto_compiles_what_another_has_to_do() -> None:
+    """Into one graph, though it is said."""
+    q = torch.randn(1, 3, 2, 32)
+    run = torch.compile(lambda q: flash_attention(q, q, q, softcap=2.0), fullgraph=True, backend="aot_eager")
+    with dispatch.use("auto", "cpu"):
+        torch.testing.assert_close(run(q), flash_attention(q, q, q, softcap=2.0))
 
 
 def test_what_is_asked_for_does_not_look_at_the_table(plant: Plant) -> None:

@@ -67,10 +67,10 @@ def test_a_trial_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) ->
     place, note = tmp_path / "verdict.json", tmp_path / "pids"
     sleeper = f"{STARTS}; import os, time; os.fork(); open({str(note)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(60)"
     begin = time.monotonic()
-    verdict = settle(place, child(sleeper), 1.0)
-    assert time.monotonic() - begin < 8
+    verdict = settle(place, child(sleeper), 2.0)  # by then it has said so, on a busy machine too
+    assert time.monotonic() - begin < 9
     again = f"(kept in {place}: delete it to have it tried again)"
-    assert not verdict.good and verdict.reason == f"its trial did not end within 1 s: it hangs {again}"
+    assert not verdict.good and verdict.reason == f"its trial did not end within 2 s: it hangs {again}"
     pids = note.read_text().split()
     assert len(pids) == 2
     for pid in pids:

@@ -173,9 +173,11 @@ def test_gradient_of_parts_of_a_ring() -> None:
 
 def test_refuses() -> None:
     call = CALLS["causal"]
-    for dim in (12, 33, 264):
+    for dim in (12, 20, 33, 264):
         with pytest.raises(ValueError, match=rf'head dimension is {dim}, wanted a multiple of 8 up to 256 .*attention="sdpa"'):
             attention_triton(*(torch.ones(1, 2, 1, dim),) * 3, call)
+        with pytest.raises(ValueError, match=f"head dimension is {dim}, wanted a multiple of 8"), torch.no_grad():
+            attention_triton(torch.ones(1, 1, 1, dim), *(torch.ones(1, 2, 1, dim),) * 2, call)  # short, as in decoding
     for dim in HEAD_DIMS:
         assert attention_triton(*(torch.ones(1, 2, 1, dim),) * 3, call)[0].shape[-1] == dim
     q, k, v = (x.double() for x in tensors())

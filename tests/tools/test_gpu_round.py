@@ -20,7 +20,7 @@ from megalm_kernels.benchmarks.report import Ceilings, Row, complete
 ROOT = Path(__file__).resolve().parents[2]
 ATTENTION = ["bench-attention-64", "bench-attention-64-causal", "bench-attention-128", "bench-attention-128-causal"]
 BENCHMARKS = ["bench-norms", "bench-adam", "bench-pointwise", "bench-loss", *ATTENTION, "bench-attention-rest"]
-TESTS = ["tests-norms", "tests-attention", "tests-rest"]
+TESTS = ["tests-norms", "tests-attention", "tests-attention-features", "tests-rest"]
 STEPS = ["install", *TESTS, "cache", *BENCHMARKS, "parity", "step", "collect"]
 RECORDER = """#!/usr/bin/env bash
 echo "$*" >>"$RECORD"
@@ -141,15 +141,15 @@ def test_asking_makes_no_folder(gpu_round, tmp_path):
 
 
 def test_every_kernel_test_is_in_one_of_the_steps(gpu_round):
-    norms, attention, rest = (gpu_round(step)[1].splitlines()[-1].split() for step in TESTS)
+    *steps, rest = (gpu_round(step)[1].splitlines()[-1].split() for step in TESTS)
     device = ROOT / "tests/kernels/device"
-    files = [argument for step in (norms, attention) for argument in step if argument.endswith(".py")]
+    files = [argument for step in steps for argument in step if argument.endswith(".py")]
     slow = [device / f"test_{name}.py" for name in ("norms", "cross_entropy", "linear_cross_entropy")]
-    assert files == [*map(str, slow), *map(str, sorted(device.glob("test_attention*.py")))]
+    assert sorted(files) == sorted(map(str, (*slow, *device.glob("test_attention*.py"))))
     assert all(Path(file).is_file() for file in files)
     assert str(device) in rest
     assert [argument for argument in rest if argument.startswith("--ignore=")] == [f"--ignore={file}" for file in files]
-    for name, asked in zip(TESTS, (norms, attention, rest), strict=True):
+    for name, asked in zip(TESTS, (*steps, rest), strict=True):
         assert asked[-1].endswith(f"/{name}.xml")
 
 

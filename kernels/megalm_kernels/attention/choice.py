@@ -39,7 +39,7 @@ def order(device_type: str, facts: Facts) -> Order:
     if facts.get("precision") == "fp32":
         return Order(("sdpa", "triton"), "fp32, which triton multiplies without tensor cores")
     left_out = {name: why for name in _CANDIDATES if (why := _unfit(name, facts))}
-    if not facts:  # the calls may be of any kind, and cudnn has not all kinds
+    if not {"head_dim", "precision"} <= facts.keys():  # the calls may be of any kind, and cudnn has not all kinds
         left_out["cudnn"] = "not for every call"
     usual = [name for name in _USUAL if name not in left_out]
     gpu = torch.cuda.get_device_name(torch.cuda.current_device())

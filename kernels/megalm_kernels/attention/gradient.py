@@ -17,6 +17,13 @@ def attention_backward_reference(
 
     out and lse may be those of attention over more keys than k has: then these are that attention's gradients by this part.
     """
+    with torch.autocast(q.device.type, enabled=False):  # which would multiply in less than fp32
+        return _gradients(dout, dlse, q, k, v, out, lse, call)
+
+
+def _gradients(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     delta = (out.to(wide) * dout.to(wide)).sum(-1).transpose(-1, -2)
     delta = delta if dlse is None else delta - dlse

@@ -57,6 +57,11 @@ def sequences(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Iterator[tuple[Ten
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):  # which would multiply in less than fp32
+        return _formula(q, k, v, call)
+
+
+def _formula(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     wide = _wide(q)
     groups = q.shape[2] // k.shape[2]
     qf, kf, vf = (x.to(wide).transpose(1, 2) for x in (q, k, v))  # (B, H, S, D)
@@ -80,7 +85,7 @@ def _logsumexp(scores: Tensor, sinks: Tensor | None) -> Tensor:
     """(B, H, Sq); -inf for a row that sees nothing. A sink is one more score, which has no value."""
     if sinks is not None:
         extra = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
-        return torch.cat((scores, extra), dim=-1).logsumexp(-1)
+        scores = torch.cat((scores, extra), dim=-1)
     if scores.shape[-1] == 0:
         return scores.new_full(scores.shape[:-1], -torch.inf)
     nothing = (scores == -torch.inf).all(-1)  # logsumexp's gradient there is NaN: it sees zeros instead

@@ -153,8 +153,8 @@ def _by_default(name: str, function: Callable[..., Result]) -> Callable[..., Res
 
     def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         what = lacking(name, q, call)
-        if name == "cudnn" and not what and q.shape[1] != k.shape[1]:
-            what = "other lengths of queries than of keys"
+        if name == "cudnn" and not what and (q.shape[-3] != k.shape[-3] or call.cu_seqlens_q is not call.cu_seqlens_k):
+            what = "queries of other lengths than the keys"
         if not what:
             return function(q, k, v, call)
         other = "reference" if triton_obstacle(q.device.type) or not suits(q.shape[-1]) else "triton"
@@ -164,10 +164,15 @@ def _by_default(name: str, function: Callable[..., Result]) -> Callable[..., Res
     return run
 
 
+@torch.compiler.assume_constant_result  # a compiler does not look inside
+def _say(name: str, what: str, other: str) -> bool:
+    return _say_once(name, what, other)
+
+
 @cache
-def _say(name: str, what: str, other: str) -> None:
-    """Once."""
+def _say_once(name: str, what: str, other: str) -> bool:
     _log.warning("attention: %s has no kernel for %s; %s runs instead", name, what, other)
+    return True
 
 
 register("attention", "sdpa", _attention_sdpa, by_default=_by_default("sdpa", _attention_sdpa))

@@ -177,6 +177,8 @@ def forward(
         return out, lse
     if k.numel() == 0:
         lse.copy_(torch.full_like(lse, -torch.inf) if sinks is None else sinks.float()[:, None].expand(lse.shape))
+        if cu_seqlens_q is not None:
+            lse.masked_fill_(torch.arange(lse.shape[-1], device=lse.device) >= cu_seqlens_q[-1], -torch.inf)
         return out.zero_(), lse
     q, k, v = (tile_ready(x) for x in (q, k, v))
     alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k = in_order(alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megalm_kernels import dispatch, flash_attention, flash_attention_reference, merge_attention
+from megalm_kernels.attention.call import has
 from megalm_kernels.attention.philox import keep_mask
 from tests.kernels.device.attention_formula import covering, formula, same_as_formula, starts, tensors
 from tests.kernels.device.attention_tiles import small_tiles
@@ -60,6 +61,7 @@ def alone(device) -> dict[str, dict[str, Any]]:
         "slopes of heads": dict(alibi_slopes=slopes(device, 4)),
         "slopes of samples": dict(alibi_slopes=slopes(device, 2, 4), causal=False),
         "softcap": dict(softcap=1.5),
+        "hardly anything kept": dict(dropout_p=0.999, seed=3),
         "dropout": dict(dropout_p=0.4, seed=2**61 + 11, origin=(3, 5, 70, 2**31 - 100)),
         "scale": dict(scale=0.7),
         "hardly any scale": dict(scale=1e-30),
@@ -86,6 +88,70 @@ def test_sinks_have_a_dtype_of_their_own(device):
     (want,) = torch.autograd.grad(formula(q, k, v, leaf)[0].square().sum(), leaf)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_a_sink_of_nothing(implementation, device):
+    """Of -inf: its head is as without one, it has no gradient, and no NaN comes of rows that see nothing else."""
+    *inputs, sinks = tensors((33, 9), (2, 1), 32, torch.float32, device, batch=1, sinks=True)
+    sinks[0] = -torch.inf
+    with dispatch.use(attention=implementation):
+        got = run(lambda q, k, v, s: flash_attention(q, k, v, sinks=s, return_lse=True), [*inputs, sinks])
+        plain = run(lambda q, k, v: flash_attention(q, k, v, return_lse=True), [x.detach() for x in inputs])
+    assert not any(x.isnan().any() for x in got.values())
+    assert got["gradient 3"][0] == 0 and got["gradient 3"][1] != 0
+    assert (got["output 1"][:, 0, :24] == -torch.inf).all()
+    torch.testing.assert_close(got["output 1"][:, 0], plain["output 1"][:, 0])
+    for name in ("output 0", "gradient 0"):
+        torch.testing.assert_close(got[name][:, :, 0], plain[name][:, :, 0], msg=name)
+
+
+# Lengths of the documents' queries and keys; rows of q and of k and v, of which the last are padding
+PADDED = {
+    "in the last tile and beyond": ((16, 5), (20, 3), 60, 58),
+    "only beyond whole tiles": ((16, 16), (32, 32), 40, 90),
+    "no keys": ((4,), (0,), 6, 0),
+    "no documents": ((), (), 6, 5),
+}
+
+
+@pytest.mark.parametrize("implementation", ["triton", "sdpa", "reference"])
+@pytest.mark.parametrize("case", PADDED)
+def test_rows_behind_the_last_document(case, implementation, device):
+    """Padding, which may hold anything: 0, lse -inf, no gradients, and all else as without it."""
+    lengths_q, lengths_k, rows, columns = PADDED[case]
+    used, seen = sum(lengths_q), sum(lengths_k)
+    features: dict[str, Any] = dict(cu_seqlens_q=starts(lengths_q, device), cu_seqlens_k=starts(lengths_k, device))
+    features["return_lse"] = has(implementation, "return_lse", device.type)
+    with_sinks = has(implementation, "sinks", device.type)
+    inputs = tensors((rows, columns), (2, 1), 32, torch.float32, device, batch=0, sinks=with_sinks)
+    q, k, v, *sinks = inputs
+    q[used:], k[seen:], v[seen:] = torch.nan, torch.nan, torch.nan
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(2, rows, *more, generator=generator).to(device) for more in ((32,), ())]
+
+    def results(q, k, v, *sinks):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, *sinks)]
+        with dispatch.use(attention=implementation):
+            found = flash_attention(*leaves[:3], sinks=leaves[3] if sinks else None, **features)
+        out, *lse = found if features["return_lse"] else (found,)
+        given = weights[0][:, : len(q)].transpose(0, 1), weights[1][:, : len(q)]
+        pairs = [(y, dy) for y, dy in zip((out, *lse), given, strict=False) if y.requires_grad]
+        ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())
+        grads = torch.autograd.grad(ours, leaves, theirs) if pairs else ()
+        return out.detach(), *(x.detach() for x in lse), *grads
+
+    got, want = results(*inputs), results(q[:used], k[:seen], v[:seen], *sinks)
+    out, *rest = got
+    assert out.shape == q.shape and (out[used:] == 0).all()
+    if features["return_lse"]:
+        lse = rest.pop(0)
+        assert lse.shape == (2, rows) and (lse[:, used:] == -torch.inf).all()
+    for dx, x, inside in zip(rest, inputs, (used, seen, seen, 2), strict=False):
+        assert dx.shape == x.shape and (dx[inside:] == 0).all()
+    for x, expected in zip(got, want, strict=True):
+        inside = x[tuple(slice(size) for size in expected.shape)]
+        torch.testing.assert_close(inside, expected, rtol=1e-6, atol=1e-6)
 
 
 # lengths of the packed documents' queries and keys: nothing, a part of a tile, a tile, more; at the begin and at the end
