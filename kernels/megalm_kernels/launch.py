@@ -75,6 +75,12 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+def seed_halves(seed: int) -> tuple[int, int]:
+    """A seed of 64 bits as two signed integers of 32: a kernel would be compiled anew for a seed of another integer type."""
+    low = seed & 0xFFFFFFFF
+    return low - (low >> 31 << 32), seed >> 32
+
+
 def arch_of(device: torch.device) -> int:
     """Compute capability as two digits and a half: 80, 90, 100. The interpreter's is `INTERPRETED_ARCH`."""
     if _capture is not None:

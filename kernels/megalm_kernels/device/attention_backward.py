@@ -340,8 +340,8 @@ def _launch_gradients(
     groups = q.shape[-2] // k.shape[-2]
 
     added = None if deterministic else torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    few = "_more" if alibi_slopes is not None or softcap > 0.0 or dropout_p > 0.0 else ""  # features that take registers
-    settings = settings_of(f"attention_{'dkdv' if deterministic else 'backward'}_16{few}", q)
+    more = alibi_slopes is not None or softcap > 0.0 or dropout_p > 0.0
+    settings = settings_of("attention_dkdv" if deterministic else "attention_backward", q, more)
     sequences, blocks, heads = count_programs(k, cu_seqlens_k, settings["BLOCK_K"])
     width = min(max(1, heads_at_once(q, k) // groups), heads)
     launch(
@@ -354,7 +354,7 @@ def _launch_gradients(
         dq.copy_(added)
         return
 
-    settings = settings_of(f"attention_dq_16{few}", q)
+    settings = settings_of("attention_dq", q, more)
     sequences, blocks, heads = count_programs(q, cu_seqlens_q, settings["BLOCK_Q"])
     launch(
         _dq, (heads * blocks,), q, k, v, dout, lse, delta, dq, alibi_slopes, cu_seqlens_q, cu_seqlens_k,

@@ -25,7 +25,7 @@ from megalm_kernels.device.attention_tiles import (
     span,
     visible,
 )
-from megalm_kernels.launch import arch_of, launch
+from megalm_kernels.launch import arch_of, launch, seed_halves
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def forward(
         return out.zero_(), lse
     q, k, v = (tile_ready(x) for x in (q, k, v))
     alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k = in_order(alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    settings = settings_of(f"attention_forward_16{'_more' if dropout_p > 0.0 else ''}", q)
+    settings = settings_of("attention_forward", q, more=dropout_p > 0.0)
     sequences, blocks, programs = count_programs(q, cu_seqlens_q, settings["BLOCK_Q"])
     launch(
         _forward, (programs * blocks,), q, k, v, out, lse, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
@@ -194,13 +194,12 @@ def forward(
     return out, lse
 
 
-def settings_of(table: str, q: Tensor) -> dict[str, Any]:
-    """Block sizes by the head dimension, padded to a power of two. table: that of 16 bits. PART: see `products`."""
-    dim, bits = q.shape[-1], 32 if q.element_size() == 4 else 16
-    name = table if bits == 16 else table[: table.index("_16")] + "_32"  # one table for all features
-    settings = tables.lookup(name, arch_of(q.device), dim)
-    padded = padded_dim(dim)
-    return dict(D=dim, BLOCK_D=padded, PART=min(32, padded) if bits == 32 else 0) | settings
+def settings_of(kernel: str, q: Tensor, more: bool) -> dict[str, Any]:
+    """Block sizes by the head dimension, padded to a power of two. more: features that take registers. PART: see `products`."""
+    dim, padded, wide = q.shape[-1], padded_dim(q.shape[-1]), q.element_size() == 4
+    table = "32" if wide else "16_more" if more else "16"  # in fp32 one for all features
+    settings = tables.lookup(f"{kernel}_{table}", arch_of(q.device), dim)
+    return dict(D=dim, BLOCK_D=padded, PART=min(32, padded) if wide else 0) | settings
 
 
 def padded_dim(dim: int) -> int:
@@ -244,8 +243,7 @@ def slopes_stride(slopes: Tensor | None) -> int:
 
 def dropout_arguments(probability: float, seed: int) -> tuple[int, int, int, float]:
     """The seed in signed halves, the threshold, and what is kept is multiplied by."""
-    low = seed & 0xFFFFFFFF
-    return low - (low >> 31 << 32), seed >> 32, threshold(probability), 1.0 / (1.0 - probability)
+    return *seed_halves(seed), threshold(probability), 1.0 / (1.0 - probability)
 
 
 def flags_of(left: int, right: int, softcap: float, slopes: Tensor | None, probability: float) -> dict[str, bool]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megalm_kernels.device.column_sums import column_sums
 from megalm_kernels.dispatch import rows_of
-from megalm_kernels.launch import arch_of, launch, multiprocessors
+from megalm_kernels.launch import arch_of, launch, multiprocessors, seed_halves
 from megalm_kernels.norms import RESOLUTION, threshold
 from megalm_kernels.tables import lookup
 
@@ -352,9 +352,8 @@ def backward(
 
 
 def _mask_arguments(dropout: float, seed: int) -> tuple[int, int, int, float]:
-    """The seed in signed halves (so that no seed is of another integer type), the threshold, what is kept is multiplied by."""
-    low, high = seed & 0xFFFFFFFF, seed >> 32
-    return low - (low >> 31 << 32), high, threshold(dropout), 1.0 / (1.0 - dropout)
+    """The seed in halves, the threshold, what is kept is multiplied by."""
+    return *seed_halves(seed), threshold(dropout), 1.0 / (1.0 - dropout)
 
 
 _WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
