@@ -1,4 +1,4 @@
-"""megalm's side of `tools/bench_parallel.py`: one rank of a training, or of a pipeline whose stages do nothing.
+"""megalm's side of `tools/bench_parallel.py`: one rank of a training, of a pipeline whose stages do nothing, or a block's MLP.
 
 A training is what `megalm pretrain` runs between its hooks: `Trainer.train_step` on the job that `build_job` makes.
 """
@@ -26,6 +26,7 @@ from megalm.config.run import RunConfig
 from megalm.config.train import ClusterConfig, TrainConfig
 from megalm.config.validate import check
 from megalm.data.corpus import corpus_of
+from megalm.models.registry import build_model
 from megalm.parallel.pipeline import PipelineExecutor, Spec
 from megalm.parallel.schedules import build_schedule
 from megalm.parallel.topology import build_topology
@@ -39,9 +40,9 @@ def run_config(spec: dict[str, Any]) -> RunConfig:
         architecture=spec["architecture"], num_layers=spec["layers"], hidden_size=spec["hidden"], num_heads=spec["heads"],
         ffn_size=spec["ffn"], vocab_size=spec["vocab"], max_seq_length=spec["seq"],
     )  # fmt: skip
-    layout = dict(tensor_parallel=spec["tensor"], pipeline_parallel=spec["pipeline"])
+    layout = dict(tensor_parallel=spec["tensor"], pipeline_parallel=spec["pipeline"], context_parallel=spec["context"])
     batch = dict(global_batch_size=spec["global_batch"], micro_batch_size=spec["micro_batch"])
-    ranks = spec["tensor"] * spec["pipeline"] * spec["data"]
+    ranks = spec["tensor"] * spec["context"] * spec["pipeline"] * spec["data"]
     return RunConfig(
         model=ModelConfig(**size),
         parallel=ParallelConfig(**layout, **spec.get("parallel", {})),
@@ -97,6 +98,27 @@ def build_executor(spec: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
     return run
 
 
+def build_block(spec: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
+    """Forward and backward of the MLP of one block: dense, or of experts of which each token passes as many FLOPs."""
+    join_group()
+    torch.manual_seed(0)
+    wide = spec["per_token"] * spec["expert_ffn"]
+    experts = {"num_experts": spec["experts"], "experts_per_token": spec["per_token"], "expert_ffn_size": spec["expert_ffn"]}
+    size = dict(num_layers=1, hidden_size=spec["hidden"], ffn_size=wide, **({} if spec["dense"] else experts))
+    mlp: Any = build_model(ModelConfig(**size)).layers["0"].mlp
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    x = torch.randn(1, spec["tokens"], spec["hidden"], requires_grad=True)
+
+    def step() -> Tensor:
+        mlp.zero_grad()
+        y = mlp(x).sum()
+        y.backward()
+        return y.detach()
+
+    return clocked(step)
+
+
 def _timed_into(total: list[float]) -> Callable[[Callable], Callable]:
     """A decorator: CPU seconds of this thread within the function are added to `total`."""
 
@@ -137,7 +159,7 @@ def _timed_backends(total: list[float]) -> Iterator[None]:
 
 def build(spec: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
     """What the specification's `kind` says."""
-    return build_training(spec) if spec["kind"] == "training" else build_executor(spec)
+    return {"training": build_training, "executor": build_executor, "block": build_block}[spec["kind"]](spec)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
     executor   CPU seconds of the pipeline executor itself per action, without those of torch and of the transfers
     schedules  CPU seconds of action list and validator of every schedule, for 64 stages and 512 microbatches
     switches   a step with parallel.overlap and kernels.fuse_projections against one without
+    context    a step of cp2_ring and cp2_ulysses against tp2, with 4,096 tokens in a sample
+    experts    forward and backward of a block's MLP of experts against a dense one with as many FLOPs per token
 
 Both sides of a ratio are built first and then take turns (bench_turns.py), so that they see the same machine; the ratio is
 the median of the turns' ratios, and its quartiles tell how far to trust it. CPU, gloo, fp32, one thread per process, random
@@ -50,6 +52,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(layers=4, hidden=128, heads=4, vocab=128, seq=64, global_batch=12, micro_batch=3, steps=10),
     "10m": dict(layers=6, hidden=384, heads=6, vocab=128, seq=256, global_batch=8, micro_batch=2, steps=1),
 }
+LONG = dict(layers=4, hidden=256, heads=8, vocab=128, seq=4096, global_batch=1, micro_batch=1, steps=1)  # of context
+CONTEXTS = ("ring", "ulysses")
+EXPERTS = dict(hidden=256, experts=8, per_token=2, expert_ffn=512, tokens=2048, steps=3)
+CONTEXT_TARGET, EXPERTS_TARGET = 1.1, 1.2
 PEER_TARGET, ZERO_TARGETS = 1.0, {"tiny": 1.3, "10m": 1.05}
 EXECUTOR_TARGET, SCHEDULES_TARGET = 100e-6, 2.0  # seconds
 EXECUTOR_RUNS = (("1f1b", 1, 1), ("1f1b", 1, 2), ("interleaved", 2, 2), ("zbv", 2, 2))  # schedule, chunks, ranks
@@ -69,7 +75,7 @@ DIFFERENCES = (
 
 def compare(options: argparse.Namespace, section: str, what: str, size: str, sides: dict[str, Any], target: float | None) -> Row:
     """Let two trainings take turns. sides: {name: (command, specification, ranks)}, of which the first is judged."""
-    steps = options.steps or SIZES[size]["steps"]
+    steps = options.steps or {**SIZES, "4k": LONG, "experts": EXPERTS}[size]["steps"]
     with start_sides(sides, options.timeout) as (first, second):
         found = alternate(first, second, options.turns, steps, options.warmup * steps).summary() | {"steps": steps}
     names = (first.name, second.name)
@@ -82,10 +88,14 @@ def compare(options: argparse.Namespace, section: str, what: str, size: str, sid
 def specify(options: argparse.Namespace, size: str, layout: str, **switches: Any) -> tuple[dict[str, Any], int]:
     """What both sides are told of a training, and how many ranks it has."""
     values, copies = parse_layout(layout)
-    spec = {**SIZES[size], "architecture": options.architecture, "corpus": options.corpus, "kind": "training", **switches}
+    spec = {**SIZES.get(size, LONG), "architecture": options.architecture, "corpus": options.corpus}
+    spec |= {"kind": "training", **switches}
     spec["ffn"] = {"gpt": 4 * spec["hidden"], "llama": -(-8 * spec["hidden"] // 3 // 64) * 64}[options.architecture]
     spec |= {"tensor": values.get("tensor_parallel", 1), "pipeline": values.get("pipeline_parallel", 1), "data": copies}
-    return spec, spec["tensor"] * spec["pipeline"] * spec["data"]
+    spec["context"] = values.get("context_parallel", 1)
+    if spec["context"] > 1:
+        spec["parallel"] = {"context_method": values["context_method"], **spec.get("parallel", {})}
+    return spec, spec["tensor"] * spec["context"] * spec["pipeline"] * spec["data"]
 
 
 def megalm_side(spec: dict[str, Any], ranks: int) -> tuple[list[str], dict[str, Any], int]:
@@ -115,6 +125,18 @@ def bench_switches(options: argparse.Namespace) -> Iterator[Row]:
             values = {f"{switch}={value}".lower(): {group: {switch: value}} for value in (True, False)}
             sides = {name: megalm_side(*specify(options, size, layout, **value)) for name, value in values.items()}
             yield compare(options, "switches", f"{layout} {size} {options.architecture}", size, sides, None)
+
+
+def bench_context(options: argparse.Namespace) -> Iterator[Row]:
+    for method in CONTEXTS:
+        sides = {name: megalm_side(*specify(options, "4k", name)) for name in (f"cp2_{method}", "tp2")}
+        yield compare(options, "context", f"cp2_{method} 4k {options.architecture}", "4k", sides, CONTEXT_TARGET)
+
+
+def bench_experts(options: argparse.Namespace) -> Iterator[Row]:
+    sides = {name: megalm_side({**EXPERTS, "kind": "block", "dense": name == "dense"}, 1) for name in ("experts", "dense")}
+    what = "{experts} experts, {per_token} per token, {tokens} tokens".format(**EXPERTS)
+    yield compare(options, "experts", what, "experts", sides, EXPERTS_TARGET)
 
 
 def bench_executor(options: argparse.Namespace) -> Iterator[Row]:
@@ -150,6 +172,7 @@ def bench_schedules(options: argparse.Namespace) -> Iterator[Row]:
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "peer": bench_peer, "zero": bench_zero, "executor": bench_executor, "schedules": bench_schedules, "switches": bench_switches,
+    "context": bench_context, "experts": bench_experts,
 }  # fmt: skip
 
 

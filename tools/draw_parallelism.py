@@ -25,7 +25,7 @@ from megalm.parallel.schedule_picture import Panel, save_picture
 from megalm.parallel.schedules import build_schedule
 from megalm.parallel.tensor_parallel import Shard, apply_tensor_parallel, shard_of
 from megalm.parallel.timeline import Times, simulate
-from megalm.parallel.topology import Group, Topology
+from megalm.parallel.topology import Group, tensor_topology
 
 ROOT = Path(__file__).resolve().parents[1]
 INK, QUIET, PAPER = "#0f172a", "#64748b", "#f1f5f9"
@@ -42,9 +42,8 @@ def shards_by_rank(size: int) -> dict[str, list[tuple[Shard, tuple[int, ...]]]]:
     """{module: one (shard, local shape) per rank} of a small LLaMA whose sizes do not divide by `size`."""
     config = ModelConfig("llama", vocab_size=250, hidden_size=64, num_layers=1, num_heads=8, num_kv_heads=2, ffn_size=176)
     found: dict[str, list[tuple[Shard, tuple[int, ...]]]] = {name: [] for name in SHOWN}
-    one = Group((0,), 0)
     for rank in range(size):
-        topology = Topology(rank, size, torch.device("meta"), Group(tuple(range(size)), rank), one, one, one, one)
+        topology = tensor_topology(Group(tuple(range(size)), rank), torch.device("meta"))
         with torch.device("meta"):
             model = build_model(config)
         apply_tensor_parallel(model, PLANS["llama"], topology)

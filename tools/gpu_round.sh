@@ -17,7 +17,7 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 STEPS=(
     install tests-norms tests-attention tests-attention-features tests-rest cache
-    bench-norms bench-adam bench-pointwise bench-loss
+    bench-norms bench-adam bench-pointwise bench-loss bench-experts
     bench-attention-64 bench-attention-64-causal bench-attention-128 bench-attention-128-causal bench-attention-rest parity step collect
 )
 LIMIT=${GPU_ROUND_LIMIT:-570} # seconds of a step
@@ -175,6 +175,7 @@ step_bench-norms() { bench norms rms_norm layer_norm; }
 step_bench-adam() { bench adam fused_adam l2_norm; }
 step_bench-pointwise() { bench pointwise rotary swiglu geglu bias_gelu; }
 step_bench-loss() { bench loss cross_entropy linear_cross_entropy; }
+step_bench-experts() { bench experts grouped_linear; }
 # All lengths of one head dimension under one mask.
 bench_attention() {
     local shapes="x $2\$"

@@ -27,6 +27,7 @@ FILES = {
     "bias_gelu": "activations",
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
+    "grouped_linear": "grouped_linear",
     "attention": "attention",
     "attention_packed": "attention",
     "decode_attention": "decode_attention",

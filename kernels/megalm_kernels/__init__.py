@@ -3,15 +3,19 @@
 from megalm_kernels.activations import bias_gelu, bias_gelu_reference, geglu, geglu_reference, swiglu, swiglu_reference
 from megalm_kernels.apex import Apex, find_apex
 from megalm_kernels.attention import (
+    attention_part,
+    attention_part_backward,
     decode_attention,
     decode_attention_reference,
     flash_attention,
     flash_attention_reference,
     merge_attention,
+    merge_into,
 )
 from megalm_kernels.cross_entropy import cross_entropy, cross_entropy_gradient, cross_entropy_reference, cross_entropy_statistics
 from megalm_kernels.dispatch import Choice, Unavailable, choose, explain, use
 from megalm_kernels.fused_adam import fused_adam, fused_adam_reference
+from megalm_kernels.grouped_linear import grouped_linear, grouped_linear_reference
 from megalm_kernels.l2_norm import l2_norm, l2_norm_reference
 from megalm_kernels.linear_cross_entropy import (
     linear_cross_entropy,
@@ -26,6 +30,8 @@ from megalm_kernels.rotary import rotary, rotary_reference
 __all__ = [
     "Apex",
     "find_apex",
+    "attention_part",
+    "attention_part_backward",
     "Choice",
     "Unavailable",
     "choose",
@@ -45,6 +51,8 @@ __all__ = [
     "fused_adam_reference",
     "geglu",
     "geglu_reference",
+    "grouped_linear",
+    "grouped_linear_reference",
     "l2_norm",
     "l2_norm_reference",
     "linear_cross_entropy",
@@ -52,6 +60,7 @@ __all__ = [
     "linear_cross_entropy_reference",
     "linear_cross_entropy_statistics",
     "merge_attention",
+    "merge_into",
     "FusedAdamW",
     "LayerNorm",
     "RMSNorm",

@@ -131,6 +131,29 @@ _BY_COLUMNS = [Row(1024, dict(BLOCK=1024, num_warps=4)), Row(0, dict(BLOCK=4096,
 _table("cross_entropy_statistics", _BY_COLUMNS)
 _table("cross_entropy_gradient", _BY_COLUMNS)
 
+# grouped_linear, for elements of 16 and of 32 bits: a row limit is the rows of a group, on average; _weight: its gradient, whose
+# BLOCK_K are rows. fp32 multiplies without tensor cores.
+
+
+def _product(m: int, n: int, k: int, warps: int, stages: int) -> dict[str, Any]:
+    return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=stages)
+
+
+_table(
+    "grouped_linear_16",
+    [Row(64, _product(64, 128, 64, 4, 3)), Row(0, _product(128, 128, 64, 8, 3))],
+    sm_80=[Row(64, _product(64, 128, 32, 4, 4)), Row(0, _product(128, 128, 32, 8, 4))],
+    sm_90=[Row(64, _product(64, 128, 64, 4, 4)), Row(0, _product(128, 256, 64, 8, 3))],
+)
+_table("grouped_linear_32", [Row(0, _product(64, 64, 32, 8, 2))])
+_table(
+    "grouped_linear_weight_16",
+    [Row(0, _product(128, 128, 64, 8, 3))],
+    sm_80=[Row(0, _product(128, 128, 32, 8, 4))],
+    sm_90=[Row(0, _product(128, 256, 64, 8, 3))],
+)
+_table("grouped_linear_weight_32", [Row(0, _product(64, 64, 32, 8, 2))])
+
 # attention_decode, for elements of 16 and of 32 bits: a row limit is the width of a head, rounded up to a power of two. ROWS:
 # queries of a program; BLOCK: its keys at a time. fp32 multiplies without tensor cores, where rows cost registers.
 _table(

@@ -12,16 +12,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megalm.checkpoint.reshard import read_box
+from megalm.checkpoint.reshard import read_box, read_whole
 from megalm.checkpoint.sharded import Manifest, prune, publish, read_manifest, write_manifest, write_pieces
 from megalm.errors import CheckpointError, Problem, writing
 from megalm.parallel.engine import MOMENTS, WEIGHT, Engine
 from megalm.parallel.loss_scale import LossScale
 from megalm.parallel.tensor_parallel import shard_of
 
+BUFFER = "buffer"  # beside the kinds of the parameters
 _SHAPE_KEYS = (
     "architecture", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size",
-    "max_seq_length", "rope_theta", "norm_eps", "tie_embeddings",
+    "max_seq_length", "rope_theta", "norm_eps", "tie_embeddings", "window", "kv_latent_size", "q_latent_size", "rope_head_dim",
+    "value_head_dim", "num_experts", "experts_per_token", "expert_ffn_size", "num_shared_experts", "num_dense_layers",
+    "router_score", "router_normalize", "router_scale",
 )  # fmt: skip
 
 
@@ -70,11 +73,15 @@ def _save(root: Path, engine: Engine, state: RunState, config: dict[str, Any], k
     pieces = {}
     for index, name in enumerate(engine.parameters):
         shard = shard_of(engine.parameters[name])
-        writes = index % topology.data.size == topology.data.rank and engine.counts_in_norm(name)
+        holders = engine.replicas(name)
+        writes = index % holders.size == holders.rank and engine.stands_for_copies(name)
         for kind in _kinds(engine.steps_done):
-            value = shard.real(engine.read(name, kind))  # collective over data parallel
+            value = shard.real(engine.read(name, kind))  # collective over its holders
             if writes and value.numel():
                 pieces[f"{kind}/{name}"] = (value.cpu(), shard.global_shape, shard.offset)
+    if topology.data.is_first and topology.tensor.is_first:
+        for name, buffer in engine.buffers.items():
+            pieces[f"{BUFFER}/{name}"] = (buffer.cpu(), tuple(buffer.shape), (0,) * buffer.dim())
     write_pieces(temporary, topology.rank, pieces)
     dist.barrier()
     if topology.rank == 0:
@@ -105,6 +112,8 @@ def load_checkpoint(folder: Path, engine: Engine, model_config: dict[str, Any]) 
             value = shard.pad(read_box(folder, manifest, key, shard.offset, shard.real_shape(shape)))
             engine.write(name, kind, value.to(engine.topology.device))
     engine.finish_load()
+    for name, buffer in engine.buffers.items():
+        buffer.copy_(read_whole(folder, manifest, f"{BUFFER}/{name}"))
     return state
 
 
@@ -126,7 +135,7 @@ def check_same_model(folder: Path, manifest: Manifest, model_config: dict[str, A
             f"model.{key}={saved.get(key)}",
         )
         for key in _SHAPE_KEYS
-        if saved.get(key) != model_config[key]
+        if saved.get(key, model_config[key]) != model_config[key]  # one of an earlier version does not know all keys
     ]
     if problems:
         raise CheckpointError(*problems)

@@ -17,6 +17,9 @@ class DataConfig:
     )
     tokenizer: str = knob("", "tokenizer.json; empty: the one beside the tokens, if there is one")
     seq_length: int = knob(128, "tokens in one sample (S)", minimum=1)
+    document_mask: bool = knob(
+        False, "documents packed into one sample do not see each other: attention stays in a document, positions start anew"
+    )
     split: str = knob("0.98,0.02,0", "shares of the documents for training, validation and test")
     seed: int = knob(1234, "order of documents and samples", minimum=0)
 

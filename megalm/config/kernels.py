@@ -29,16 +29,18 @@ class KernelsConfig:
     rotary: str = _operation(_TRITON)
     swiglu: str = _operation(_TRITON)
     cross_entropy: str = _operation(_TRITON)
+    grouped_linear: str = _operation(_TRITON)
     attention: str = knob(
         "auto",
         "auto: as kernels.backend, whose torch is sdpa; on a GPU what was measured to be faster, and sdpa in fp32",
         allowed=_ATTENTION,
     )
     fuse_projections: bool = knob(False, "q, k and v in one matrix product, and gate and up; the parameters stay apart")
+    fused_loss: bool = knob(False, "the head and its loss go over the tokens in chunks: the logits never exist all at once")
 
     def operations(self) -> dict[str, str]:
         """{operation: what is asked for}, without `backend`."""
-        others = ("backend", "fuse_projections")
+        others = ("backend", "fuse_projections", "fused_loss")
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
 
 

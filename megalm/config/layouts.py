@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from megalm.config.model import ModelConfig
-from megalm.config.parallel import ParallelConfig, layout_name, parse_layout
+from megalm.config.parallel import CONTEXT_METHODS, ParallelConfig, layout_name, parse_layout
 from megalm.config.reader import read
 from megalm.config.run import RunConfig
 
@@ -26,7 +26,7 @@ def with_layout(config: C, name: str) -> C:
     faults = [f"{p.key} = {p.value}, allowed: {p.allowed}" for p in problems] + ["dp0"] * (copies < 1)
     if faults:
         raise ValueError(f"cannot use layout {name!r}: {'; '.join(faults)}")
-    cluster = dataclasses.replace(config.cluster, num_processes=parallel.model_parallel * copies)
+    cluster = dataclasses.replace(config.cluster, num_processes=parallel.ranks_per_sample * copies)
     return dataclasses.replace(config, parallel=parallel, cluster=cluster)
 
 
@@ -42,8 +42,8 @@ def layout_node(name: str) -> dict[str, Any]:
     values, copies = parse_layout(name)
     node: dict[str, Any] = {"parallel": values}
     if "dp" in name:
-        ranks = [values.get(axis, 1) for axis in ("tensor_parallel", "pipeline_parallel")]
-        node["cluster"] = {"num_processes": math.prod([*ranks, copies])}
+        parallel, _ = read(ParallelConfig, values)
+        node["cluster"] = {"num_processes": parallel.ranks_per_sample * copies}
     return node
 
 
@@ -59,6 +59,11 @@ _ZERO: tuple[dict[str, Any], ...] = (
     {"zero": 3, "zero_reduce": "microbatch"},
 )  # fmt: skip
 _SAMPLE_RANKS = 4  # an axis of a sample's layout is no longer
+# What else a sample's layouts join: three axes, and what meets at the same place in the code.
+_TOGETHER = (
+    {"tp", "pp", "dp"}, {"cp", "dp", "zero1"}, {"cp", "dp", "zero3"}, {"ep", "zero1"}, {"ep", "zero3"}, {"ep", "pp", "zero"},
+    {"tp", "ulysses"},
+)  # fmt: skip
 
 
 def candidate_layouts(max_ranks: int) -> list[str]:
@@ -71,7 +76,8 @@ def candidate_layouts(max_ranks: int) -> list[str]:
     2. every grid with stages, with every schedule; every grid with copies, with every ZeRO. Where the tensors are split,
        sequence parallelism is on, which adds to what is exchanged and takes nothing away;
     3. every schedule with every ZeRO, on pp2_dp2;
-    4. ZeRO on one rank.
+    4. ZeRO on one rank;
+    5. those of `_shared_samples`, where ranks share a sample or the experts.
     """
     sizes = [2**n for n in range(max_ranks.bit_length())]
     grids = [grid for grid in itertools.product(sizes, repeat=3) if 1 < math.prod(grid) <= max_ranks]
@@ -82,8 +88,26 @@ def candidate_layouts(max_ranks: int) -> list[str]:
         names += [_name(*grid, **zero) for zero in _ZERO if data > 1]
     if max_ranks >= 4:
         names += [_name(1, False, 2, 2, **both[0], **both[1]) for both in itertools.product(_SCHEDULES, _ZERO)]
-    names += ["zero1", "zero2", "zero3"]
+    names += ["zero1", "zero2", "zero3", *_shared_samples(sizes, max_ranks)]
     return sorted(dict.fromkeys(names), key=_ranks)
+
+
+def _shared_samples(sizes: list[int], max_ranks: int) -> Iterator[str]:
+    """Context and expert parallel layouts.
+
+    1. every grid tp x cp x pp x dp, with both methods of context parallelism and with every size of expert parallelism;
+    2. all of them with ZeRO-1; without stages and split tensors either kind with every ZeRO;
+    3. either kind on two stages, with every schedule.
+    """
+    for tensor, context, pipeline, data, experts in itertools.product(sizes, repeat=5):
+        shared: dict[str, Any] = {"context_parallel": context, "expert_parallel": experts}
+        if tensor * context * pipeline * data > max_ranks or experts > context * data or context * experts == 1:
+            continue
+        one_kind = 1 in (context, experts)
+        more = [{"context_method": method} for method in (CONTEXT_METHODS if context > 1 else CONTEXT_METHODS[:1])]
+        more += _ZERO if one_kind and tensor * pipeline == 1 else _ZERO[1:2]
+        more += _SCHEDULES if one_kind and pipeline == 2 and tensor * context * data == 2 else ()
+        yield from (_name(tensor, tensor > 1, pipeline, data, **(shared | changes)) for changes in more)
 
 
 def sample_layouts(legal: Sequence[str]) -> list[str]:
@@ -106,22 +130,26 @@ def sample_layouts(legal: Sequence[str]) -> list[str]:
 
 
 def _name(tensor: int, sequence: bool, pipeline: int, data: int, **more: Any) -> str:
-    return layout_name(ParallelConfig(tensor, sequence, pipeline, **more), data)
+    return layout_name(ParallelConfig(tensor, sequence, pipeline_parallel=pipeline, **more), data)
 
 
 def _ranks(name: str) -> int:
     values, data = parse_layout(name)
     parallel, _ = read(ParallelConfig, values)
-    return parallel.model_parallel * data
+    return parallel.ranks_per_sample * data
 
 
 def _traits(name: str) -> set[str]:
     """What a layout shows: its sizes, schedule and ZeRO, and which axes it joins."""
     values, data = parse_layout(name)
     parallel, _ = read(ParallelConfig, values)
-    sizes = {"tp": parallel.tensor_parallel, "pp": parallel.pipeline_parallel, "dp": data, "zero": parallel.zero}
+    sizes = {
+        "tp": parallel.tensor_parallel, "cp": parallel.context_parallel, "pp": parallel.pipeline_parallel, "dp": data,
+        "ep": parallel.expert_parallel, "zero": parallel.zero,
+    }  # fmt: skip
     axes = [axis for axis, size in sizes.items() if size > (axis != "zero")] + ["sp"] * parallel.sequence_parallel
     shown = {f"{axis}{size}" for axis, size in sizes.items() if axis in axes and size <= _SAMPLE_RANKS}
     shown |= {"+".join(pair) for pair in itertools.combinations(axes, 2)}
-    shown |= {"tp+pp+dp"} & {"+".join(axis for axis in ("tp", "pp", "dp") if axis in axes)}
+    also = {f"zero{parallel.zero}"} | ({parallel.context_method} if parallel.context_parallel > 1 else set())
+    shown |= {"+".join(sorted(group)) for group in _TOGETHER if group <= {*axes, *also}} | also
     return {*shown, f"{parallel.schedule} x {parallel.chunks}", f"zero{parallel.zero} {parallel.zero_reduce}"}

@@ -34,11 +34,16 @@ def uses_cuda(config: RunConfig) -> bool:
 
 
 def processes(config: RunConfig) -> int:
-    """World size: as set, else as launched, else one per GPU, else one copy of the model."""
+    """World size: as set, else as launched, else one per GPU, else what one sample needs."""
     gpus = count_gpus() if uses_cuda(config) else 0
-    return config.cluster.num_processes or launched_processes() or gpus or config.parallel.model_parallel
+    return config.cluster.num_processes or launched_processes() or gpus or config.parallel.ranks_per_sample
 
 
 def data_parallel(config: RunConfig) -> int:
-    """Copies of the model, at least 1."""
-    return max(1, processes(config) // config.parallel.model_parallel)
+    """Ranks that read other samples, at least 1."""
+    return max(1, processes(config) // config.parallel.ranks_per_sample)
+
+
+def replicas(config: RunConfig) -> int:
+    """Ranks with the same weights, experts apart."""
+    return data_parallel(config) * config.parallel.context_parallel

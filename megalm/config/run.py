@@ -30,8 +30,13 @@ class RunConfig:
 
     @property
     def data_parallel(self) -> int:
-        """Copies of the model. Only meaningful once `cluster.num_processes` is known and validated."""
-        return max(1, self.cluster.num_processes // self.parallel.model_parallel)
+        """Ranks that read other samples. Only meaningful once `cluster.num_processes` is known and validated."""
+        return max(1, self.cluster.num_processes // self.parallel.ranks_per_sample)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, experts apart: over them gradients are summed, and ZeRO shares out."""
+        return self.data_parallel * self.parallel.context_parallel
 
     @property
     def num_microbatches(self) -> int:
@@ -52,6 +57,9 @@ class ParityConfig:
     loss_tolerance: float = knob(1e-5, "largest difference of the loss", above=0.0)
     norm_tolerance: float = knob(1e-5, "largest relative difference of the gradient norm", above=0.0)
     weight_tolerance: float = knob(1e-4, "largest difference of a final weight", above=0.0)
+    repeat: bool = knob(
+        False, "run every layout twice, with train.deterministic, and compare all that both leave behind to the bit"
+    )
     work_dir: str = knob("runs/parity", "folder for the runs")
     keep: bool = knob(False, "keep the runs' folders")
     report: str = knob("", "write the table to FILE.html or FILE.md, or to both, joined by a comma")

@@ -8,6 +8,7 @@ from megalm.config.knobs import knob
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PRECISIONS = tuple(ITEM_BYTES)
+BLOCK_PARTS = ("attention", "mlp", "norms")
 
 
 @dataclass
@@ -33,10 +34,23 @@ class TrainConfig:
     loss_scale_window: int = knob(1000, "fp16: steps without overflow after which the loss scale doubles", minimum=1)
     recompute: str = knob(
         "none",
-        "activations computed again in the backward instead of kept. full: blocks; selective: all but matrix products",
-        allowed=("none", "selective", "full"),
+        "activations computed again in the backward instead of kept. full: blocks; selective: all but matrix products; "
+        "modules: parts of blocks",
+        allowed=("none", "selective", "full", "modules"),
+    )
+    recompute_modules: list[str] = knob(
+        ["attention", "mlp"], "recompute=modules: the parts of a block that keep their input alone", allowed=BLOCK_PARTS, empty=False
     )
     recompute_every: int = knob(1, "recompute in every n-th block only", minimum=1)
+    offload_activations: str = knob(
+        "none",
+        "where blocks' activations wait for the backward. cpu: host memory, of a GPU; disk: a file without a name",
+        allowed=("none", "cpu", "disk"),
+    )
+    offload_path: str = knob("", "offload_activations=disk: folder of that file; empty: the run's")
+    deterministic: bool = knob(
+        False, "the same run again gives the same bits: torch's deterministic algorithms, no choice by speed, fixed orders of sums"
+    )
     record: str = knob("", "folder for every module's output and gradient of one step, to compare two runs; empty: none")
     record_step: int = knob(1, "the step that `record` records", minimum=1)
     trace: str = knob("", "file.json: when every pipeline rank of copy 0 computed what in one step, drawn beside it; empty: none")

@@ -6,10 +6,20 @@ import math
 import re
 from collections.abc import Callable
 
-from megalm.config import fields, kernel_rules, schedule_rules, stage_split, zero_rules
+from megalm.config import (
+    context_rules,
+    expert_rules,
+    fields,
+    kernel_rules,
+    latent_rules,
+    memory_rules,
+    schedule_rules,
+    stage_split,
+    zero_rules,
+)
 from megalm.config.fixes import Change, Rule, broken, cures, divisors, multiples, needs, plan, value_of, with_value
 from megalm.config.layouts import candidate_layouts, sample_layouts, with_layout, with_model
-from megalm.config.machine import count_gpus, data_parallel, launched_processes, processes, uses_cuda
+from megalm.config.machine import count_gpus, data_parallel, launched_processes, processes, replicas, uses_cuda
 from megalm.config.model import ARCHITECTURES
 from megalm.config.run import ParityRun, RunConfig
 from megalm.config.stage_split import explicit_split
@@ -19,10 +29,15 @@ from megalm.errors import ConfigError, Problem
 Condition = Callable[[RunConfig], bool]
 
 _TP, _PP, _CHUNKS = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.chunks"
+_CP = "parallel.context_parallel"
 _PROCESSES = "cluster.num_processes"
 _NEAR = 64  # candidates of a fix: each is tried against all rules
 # Numbers that follow from several keys, printed beside a rule like a key.
-_DERIVED: dict[str, Callable[[RunConfig], int]] = {"processes": processes, "data parallel copies": data_parallel}
+_DERIVED: dict[str, Callable[[RunConfig], int]] = {
+    "processes": processes,
+    "data parallel copies": data_parallel,
+    "ranks with the same weights": replicas,
+}
 
 
 def split_shares(text: str) -> tuple[float, float, float] | None:
@@ -69,12 +84,12 @@ def _at_most(name: str, small: str, large: str, when: Condition = lambda c: True
 
 
 def _layout_fits(c: RunConfig) -> bool:
-    return processes(c) % c.parallel.model_parallel == 0
+    return processes(c) % c.parallel.ranks_per_sample == 0
 
 
 def _layout_changes(c: RunConfig) -> list[Change]:
-    world, asked = processes(c), multiples(c, _PROCESSES, c.parallel.model_parallel)
-    narrower = divisors(c, _TP, world) + divisors(c, _PP, world)
+    world, asked = processes(c), multiples(c, _PROCESSES, c.parallel.ranks_per_sample)
+    narrower = divisors(c, _TP, world) + divisors(c, _PP, world) + divisors(c, _CP, world)
     if launched_processes():  # their number is given
         return narrower
     return (asked + narrower if c.cluster.num_processes else narrower + asked) + [("cluster.device", "cpu")]
@@ -96,6 +111,11 @@ def _heads_divide(c: RunConfig) -> bool:
     return "head_dim" not in c.model.derived or c.model.hidden_size % c.model.num_heads == 0
 
 
+def _turns_heads(c: RunConfig) -> bool:
+    """Rotary positions turn all of a head; with latent attention a part, whose width has a rule of its own."""
+    return c.model.architecture == "llama" and c.model.kv_latent_size == 0
+
+
 def _head_changes(c: RunConfig) -> list[Change]:
     whole = divisors(c, "model.num_heads", c.model.hidden_size)
     return whole + multiples(c, "model.hidden_size", c.model.num_heads) + [("model.head_dim", c.model.head_dim)]
@@ -111,12 +131,12 @@ def _batch_changes(c: RunConfig) -> list[Change]:
     return (
         whole
         + divisors(c, "train.micro_batch_size", max(1, c.train.global_batch_size // copies))
-        + [(_PROCESSES, c.parallel.model_parallel)]
+        + [(_PROCESSES, c.parallel.ranks_per_sample)]
     )
 
 
 def _gpu_changes(c: RunConfig) -> list[Change]:
-    size = c.parallel.model_parallel
+    size = c.parallel.ranks_per_sample
     fitting = [(_PROCESSES, count) for count in range(count_gpus() // size * size, 0, -size)]
     # One process per GPU is no cure for a layout larger than the GPUs: the layout's own rule would ask for more again.
     return [*fitting, ("cluster.device", "cpu"), *([(_PROCESSES, 0)] if fitting else [])]
@@ -155,8 +175,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "layout_fits",
-        (_PROCESSES, "processes", _TP, _PP),
-        f"the number of processes must be a multiple of {_TP} x {_PP}",
+        (_PROCESSES, "processes", _TP, _CP, _PP),
+        f"the number of processes must be a multiple of {_TP} x {_CP} x {_PP}",
         _layout_fits,
         _layout_changes,
     ),
@@ -172,7 +192,7 @@ RULES: tuple[Rule, ...] = (
         "rope_even",
         ("model.head_dim", "model.hidden_size", "model.num_heads"),
         "model.head_dim must be even: RoPE turns pairs of numbers",
-        lambda c: c.model.architecture != "llama" or c.model.head_dim % 2 == 0 or not _heads_divide(c),
+        lambda c: not _turns_heads(c) or c.model.head_dim % 2 == 0 or not _heads_divide(c),
         _head_dim_changes,
     ),
     _divides("heads_per_rank", "model.num_heads", _TP),
@@ -205,6 +225,10 @@ RULES: tuple[Rule, ...] = (
     *schedule_rules.RULES,
     *zero_rules.RULES,
     *kernel_rules.RULES,
+    *context_rules.RULES,
+    *latent_rules.RULES,
+    *expert_rules.RULES,
+    *memory_rules.RULES,
     Rule(
         "batch_divides",
         ("train.global_batch_size", "train.micro_batch_size", "data parallel copies"),
@@ -313,14 +337,14 @@ def _problem(rule: Rule, config: RunConfig, cure: Change | None) -> Problem:
     here = ", ".join(f"{key} = {_shown(config, key)}" for key in rule.keys[1:])
     allowed = ""
     if cure is not None:
-        values = {change[1]: None for change in cures(rule, config) if change[0] == cure[0]} | {cure[1]: None}
-        nearest = list(values)[:5]
+        values = [change[1] for change in cures(rule, config) if change[0] == cure[0]] + [cure[1]]
+        nearest = [value for i, value in enumerate(values) if value not in values[:i]][:5]  # a list has no hash
         allowed = f"{cure[0]}: {', '.join(map(str, sorted(nearest)))}" if len(nearest) > 1 else ""
     text = f"{rule.text} (here {here})" if here else rule.text
     fix = fields.assign(*cure) if cure else ""
     if rule.name == "layout_fits" and launched_processes():
-        text += f"; {processes(config)} were started, this layout needs a multiple of {config.parallel.model_parallel}"
-        fix = fix or f"{_TP}=1 {_PP}=1"
+        text += f"; {processes(config)} were started, this layout needs a multiple of {config.parallel.ranks_per_sample}"
+        fix = fix or " ".join(f"{key}=1" for key in (_TP, _CP, _PP) if value_of(config, key) > 1)
     return Problem(rule.keys[0], value_of(config, rule.keys[0]), text, allowed, fix)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megalm.config.fixes import Change, Rule, divisors, needs
-from megalm.config.machine import data_parallel, uses_cuda
+from megalm.config.machine import replicas, uses_cuda
 from megalm.config.parallel import SPLIT_BACKWARD
 from megalm.config.run import RunConfig
 
@@ -11,6 +11,7 @@ _ZERO, _REDUCE, _OFFLOAD, _PATH, _NODE, _QUANTIZED = (
     f"parallel.zero{name}" for name in ("", "_reduce", "_offload", "_offload_path", "_node_size", "_quantized")
 )
 _PP, _SCHEDULE, _PRECISION = "parallel.pipeline_parallel", "parallel.schedule", "train.precision"
+_EP = "parallel.expert_parallel"
 _FOLDER = "offload"  # proposed where a folder is missing
 
 
@@ -24,11 +25,11 @@ def _is_fp16(c: RunConfig) -> bool:
 
 def _nodes_fit(c: RunConfig) -> bool:
     size = c.parallel.zero_node_size
-    return size == 0 or (size > 1 and data_parallel(c) % size == 0)
+    return size == 0 or (size > 1 and replicas(c) % size == 0)
 
 
 def _node_changes(c: RunConfig) -> list[Change]:
-    return [change for change in divisors(c, _NODE, data_parallel(c)) if change[1] > 1] + [(_NODE, 0)]
+    return [change for change in divisors(c, _NODE, replicas(c)) if change[1] > 1] + [(_NODE, 0)]
 
 
 RULES: tuple[Rule, ...] = (
@@ -98,10 +99,17 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "node_size_divides",
-        (_NODE, "data parallel copies"),
-        f"{_NODE} must be 2 or more and divide the data parallel copies",
+        (_NODE, "ranks with the same weights"),
+        f"{_NODE} must be 2 or more and divide the ranks with the same weights (data x context parallel)",
         _nodes_fit,
         _node_changes,
+    ),
+    Rule(
+        "node_size_experts",
+        (_NODE, _EP),
+        f"{_NODE} needs {_EP}=1: DeepSpeed knows one kind of node groups, and the ranks that have the same experts are others",
+        lambda c: not c.parallel.zero_node_size or c.parallel.expert_parallel == 1,
+        lambda c: [(_NODE, 0), (_EP, 1)],
     ),
     needs(
         "quantized_zero3",
@@ -118,6 +126,13 @@ RULES: tuple[Rule, ...] = (
         f"{_QUANTIZED} needs GPUs: its kernels are CUDA",
         lambda c: not c.parallel.zero_quantized or uses_cuda(c),
         lambda c: [(_QUANTIZED, False)],
+    ),
+    Rule(
+        "quantized_experts",
+        (_QUANTIZED, _EP),
+        f"{_QUANTIZED} needs {_EP}=1: DeepSpeed sends quantized gradients over all ranks, and experts have fewer",
+        lambda c: not c.parallel.zero_quantized or c.parallel.expert_parallel == 1,
+        lambda c: [(_QUANTIZED, False), (_EP, 1)],
     ),
     Rule(
         "fp16_zero_device",

@@ -147,6 +147,15 @@ class GPTDataset:
             done, place, document = done + count, place + count, document + 1
 
 
+    def document_starts(self, number: int) -> list[int]:
+        """Where the documents of sample `number` begin among its S inputs; the first, which may be cut, at 0."""
+        epoch_number, index = divmod(number, self._num_samples)
+        epoch = self.epoch(epoch_number)
+        place = int(epoch.windows[index]) * self.seq_length
+        first, last = epoch.ends.searchsorted((place, place + self.seq_length - 1), "right")
+        return [0, *(epoch.ends[first:last] - place).tolist()]
+
+
 def _too_small(name: str, tokens: int, seq_length: int, remedy: str) -> DataError:
     rule = f"the {name} split has {tokens} tokens, less than one sample of data.seq_length + 1 = {seq_length + 1}"
     shorter = f"data.seq_length={tokens - 1}, or " if tokens > 1 else ""

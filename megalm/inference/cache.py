@@ -15,10 +15,10 @@ class GrowingCache:
         self._lengths: dict[int, int] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, S_new, Hkv, D) of one layer; return views of all keys and values so far."""
+        """Append (B, S_new, ...) of one layer, keys and values or what they are made of; return views of all so far."""
         if layer not in self._buffers:
-            shape = (k.shape[0], self.max_length, *k.shape[2:])
-            self._buffers[layer] = k.new_empty(shape), v.new_empty(shape)
+            whole = k.new_empty(k.shape[0], self.max_length, *k.shape[2:])
+            self._buffers[layer] = whole, v.new_empty(v.shape[0], self.max_length, *v.shape[2:])
             self._lengths[layer] = 0
         start, end = self._lengths[layer], self._lengths[layer] + k.shape[1]
         assert end <= self.max_length, f"cache of {self.max_length} tokens is full"

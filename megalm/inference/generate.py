@@ -12,6 +12,7 @@ from torch import Tensor
 import megalm_kernels
 from megalm.checkpoint.reshard import read_whole
 from megalm.checkpoint.sharded import Manifest, find_checkpoint, read_manifest
+from megalm.checkpoint.state import BUFFER
 from megalm.config.model import ModelConfig
 from megalm.config.tasks import GenerateConfig
 from megalm.data.tokenizer import Tokenizer
@@ -57,6 +58,7 @@ def load_model(folder: Path, manifest: Manifest, device: torch.device) -> Decode
     with torch.device("meta"):
         model = build_model(ModelConfig(**manifest.config["model"]))
     weights = {name: read_whole(folder, manifest, f"weight/{name}").to(device) for name, _ in model.named_parameters()}
+    weights |= {name: read_whole(folder, manifest, f"{BUFFER}/{name}").to(device) for name, _ in model.named_buffers()}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
     return model.eval().requires_grad_(False)

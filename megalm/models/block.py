@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megalm.models.attention import Attention, KeyValueCache
+from megalm.data.documents import Documents
+from megalm.models.attention import Attention, KeyValueCache, Rope
+from megalm.models.latent_attention import LatentAttention
 from megalm.models.layers import Dropout
 
 
@@ -12,7 +14,12 @@ class Block(nn.Module):
     """Pre-norm block made of the four parts it is given."""
 
     def __init__(
-        self, attention_norm: nn.Module, attention: Attention, mlp_norm: nn.Module, mlp: nn.Module, dropout: float
+        self,
+        attention_norm: nn.Module,
+        attention: Attention | LatentAttention,
+        mlp_norm: nn.Module,
+        mlp: nn.Module,
+        dropout: float,
     ):
         super().__init__()
         self.attention_norm, self.attention = attention_norm, attention
@@ -23,11 +30,13 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
+        rope: Rope | None,
         positions: Tensor,
         samples: Tensor | None,
         cache: KeyValueCache | None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """x (B, S, E) -> (B, S, E)."""
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), rope, cache), samples, positions)
+        seen = self.attention(self.attention_norm(x), rope, cache, documents)
+        x = x + self.attention_dropout(seen, samples, positions)
         return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), samples, positions)

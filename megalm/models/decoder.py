@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megalm.config.model import ModelConfig
-from megalm.models.attention import KeyValueCache
+from megalm.data.documents import Documents
+from megalm.models.attention import KeyValueCache, Rope
 from megalm.models.block import Block
 from megalm.models.layers import Dropout, PositionEmbedding
 
@@ -44,8 +45,8 @@ class Decoder(nn.Module):
     def build_position_embedding(self) -> PositionEmbedding | None:
         return None
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """cos and sin (S, D/2) of the positions, for models that turn their queries and keys."""
+    def rope(self, positions: Tensor) -> Rope | None:
+        """The angles of the positions (P,), for models that turn their queries and keys."""
         return None
 
     def tie(self) -> None:
@@ -59,20 +60,26 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         samples: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        documents: Documents | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """tokens (B, S) int64, or hidden (B, S, E) on a later stage -> logits (B, S, V), or hidden on an earlier one.
 
-        positions (S,) int64, 0.. if not given; samples (B,) int64 global sample numbers, for dropout only.
+        positions (S,) int64: the tokens' places in their samples, 0.. if not given; samples (B,) int64 global sample numbers, for
+        dropout only. With documents, attention stays inside them, and the model counts positions in them. With labels (B, S),
+        a head that can (train/fused_loss.py) returns the sum of their losses instead of logits.
         """
         positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
         if self.embedding is not None:
             x = self.embedding(x)
             if self.position_embedding is not None:
-                x = x + self.position_embedding(positions)
+                x = x + self.position_embedding(positions if documents is None else documents.positions)
             x = self.embedding_dropout(x, samples, positions)
-        rope = self.rope(positions)
+        rope = self.rope(positions if documents is None else torch.arange(documents.seq_length, device=x.device))
+        if rope is not None and documents is not None:
+            rope = rope._replace(positions=documents.positions)
         for layer in self.layers.values():
-            x = layer(x, rope, positions, samples, cache)
+            x = layer(x, rope, positions, samples, cache, documents)
         if self.head is not None and self.norm is not None:
-            x = self.head(self.norm(x))
+            x = self.head(self.norm(x)) if labels is None else self.head(self.norm(x), labels)
         return x

@@ -22,5 +22,5 @@ class GPT(Decoder):
 
     def build_block(self, layer: int) -> Block:
         c = self.config
-        attention = Attention(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, layer, bias=True)
+        attention = Attention(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, layer, True, c.window)
         return Block(self.build_norm(), attention, self.build_norm(), GeluMLP(c.hidden_size, c.ffn_size), c.dropout)

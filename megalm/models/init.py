@@ -16,20 +16,23 @@ from torch.overrides import TorchFunctionMode
 
 from megalm.config.model import ModelConfig
 
-_RESIDUAL = ("attention.out.weight", "mlp.down.weight")  # each adds to the residual stream: 2 per layer
+_RESIDUAL = ("attention.out.weight", "mlp.down.weight", "mlp.shared.down.weight")  # each adds to the residual stream: 2 per layer
+_RESIDUAL_EXPERT = ".experts.down."
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     """The whole initial tensor of one parameter, fp32 on the CPU.
 
     Norm scales are 1, biases 0, matrices normal with `init_std`, residual projections with init_std / sqrt(2 layers)
-    (Radford et al. 2019).
+    (Radford et al. 2019). Stacked matrices of experts are drawn one by one, expert i's under the name `name.i`.
     """
+    if len(shape) == 3:
+        return torch.stack([initial_value(f"{name}.{expert}", shape[1:], config, seed) for expert in range(shape[0])])
     if name.endswith("bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
-    residual = name.endswith(_RESIDUAL)
+    residual = name.endswith(_RESIDUAL) or _RESIDUAL_EXPERT in name
     std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))

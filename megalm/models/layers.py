@@ -31,13 +31,13 @@ class OnSequenceSlice(nn.Module):
     sequence_slice: tuple[int, int] = (0, 1)
 
     def local(self, positions: Tensor) -> Tensor:
-        """The positions of this module's slice. positions (S,) -> (S / count,)."""
+        """The positions of this module's slice. positions (..., S) -> (..., S / count)."""
         index, count = self.sequence_slice
-        return positions.chunk(count)[index]
+        return positions.chunk(count, -1)[index]
 
 
 class PositionEmbedding(OnSequenceSlice):
-    """Learned position vectors. positions (S,) int64 -> (S, E)."""
+    """Learned position vectors. positions (S,) or (B, S) int64 -> (S, E) or (B, S, E)."""
 
     def __init__(self, num_positions: int, size: int):
         super().__init__()

@@ -8,6 +8,12 @@ vocab     embedding rows (the vocabulary) are split, padded like the logits; the
 norm      parameters are whole; its output enters a split region (the paper's f). With sequence parallelism it works on
           this rank's slice of the sequence and the output is gathered
 sequence  parameters are whole; with sequence parallelism it works on this rank's slice of the sequence
+inside    a linear layer or a norm within a split region: parameters, input and output are whole on every rank, but what
+          comes back to them in the backward is the part of this rank's heads: gradients are summed over the ranks
+
+experts   of each expert the inner features are split; the output is this rank's part
+part      a row whose parts are not summed: somebody does that further on
+leave     what sums them (g)
 
 A name matches a module if it is the end of the module's path: `attention.q` matches `layers.3.attention.q`.
 f and g are those of Shoeybi et al. 2019, with sequence parallelism those of Korthikanti et al. 2022.
@@ -31,9 +37,25 @@ _DECODER = {
     "norm": "norm",
     "head": "logits",
 }
+_LATENT = {
+    "attention.q_down": "inside",
+    "attention.q_norm": "inside",
+    "attention.q_up": "column",
+    "attention.kv_down": "inside",
+    "attention.kv_norm": "inside",
+    "attention.kv_up": "column",
+}
+_EXPERTS = {
+    "mlp.router": "inside",
+    "mlp.experts": "experts",
+    "mlp.shared.gate": "column",
+    "mlp.shared.up": "column",
+    "mlp.shared.down": "part",
+    "mlp.leave": "leave",
+}
 PLANS: dict[str, dict[str, str]] = {
     "gpt": {**_DECODER, "position_embedding": "sequence"},
-    "llama": {**_DECODER, "mlp.gate": "column"},
+    "llama": {**_DECODER, **_LATENT, **_EXPERTS, "mlp.gate": "column"},
 }
 
 TIED = {"head.weight": "embedding.weight"}

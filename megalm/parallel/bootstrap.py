@@ -93,6 +93,19 @@ def start_process_group(config: ClusterConfig, settings: Mapping[str, Any] | Non
     return device
 
 
+def be_deterministic() -> None:
+    """Let this process compute the same bits each time. Call before anything runs on a GPU; the environment's own values stay.
+
+    cuBLAS adds up in a fixed order only with a workspace of its own for every stream (its documentation, "Results
+    reproducibility"). NCCL's rings and trees add in the order of the ranks; NVLink SHARP (NVLS) adds in the switch, which
+    promises no order. Attention's kernels repeat in any case, by their own argument, and torch's by this setting.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def _find_gpu(place: Place) -> torch.device:
     """This rank's GPU. Raises ConfigError where there is none for it."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

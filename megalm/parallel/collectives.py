@@ -6,11 +6,12 @@ The pairs are conjugate (Shoeybi et al. 2019; with sequence parallelism Korthika
     sum_from_region    g   all-reduce forward,     identity backward
     gather_sequence    f'  all-gather forward,     reduce-scatter backward
     scatter_sum        g'  reduce-scatter forward, all-gather backward
+    all_to_all             all-to-all forward,     all-to-all backward, the other way
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -112,6 +113,24 @@ class _ScatterSum(torch.autograd.Function):
         return all_gather(grad, ctx.group, ctx.dim), None, None
 
 
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, send: list[int] | None, receive: list[int] | None) -> Tensor:
+        ctx.group, ctx.send, ctx.receive = group, send, receive
+        return _exchange(x, group, send, receive)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grad, ctx.group, ctx.receive, ctx.send), None, None, None
+
+
+def _exchange(x: Tensor, group: Group, send: list[int] | None, receive: list[int] | None) -> Tensor:
+    rows = x.shape[0] if receive is None else sum(receive)
+    out = torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group.handle)
+    return out
+
+
 def copy_to_region(x: Tensor, group: Group, meanwhile: Meanwhile | None = None) -> Tensor:
     """f: enter a region that the group computes in parts from the whole x. `meanwhile` runs during the backward's sum."""
     return _CopyToRegion.apply(x, group, meanwhile) if group.size > 1 else x
@@ -130,3 +149,15 @@ def gather_sequence(x: Tensor, group: Group, dim: int = 1, meanwhile: Meanwhile 
 def scatter_sum(x: Tensor, group: Group, dim: int = 1) -> Tensor:
     """g with sequence parallelism: sum, and keep one slice of the sequence. x (B, S, ...) -> (B, S / size, ...)."""
     return _ScatterSum.apply(x, group, dim) if group.size > 1 else x
+
+
+def all_to_all(
+    x: Tensor, group: Group, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+) -> Tensor:
+    """Rows of x go to the ranks in order, and those that the ranks send here come in order. x (rows, ...).
+
+    send, receive: how many rows go to and come from each rank, by place in the group; None: as many for each.
+    """
+    if group.size == 1:
+        return x
+    return _AllToAll.apply(x, group, None if send is None else list(send), None if receive is None else list(receive))

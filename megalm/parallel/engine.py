@@ -9,7 +9,7 @@ and views of full parameters and moments for the checkpoint. Two implementations
 `PlainEngine` here (zero: 0, all-reduce and AdamW on flat fp32 buffers, no DeepSpeed) and `ZeroEngine` in zero.py.
 
 Contract for the loss: each rank back-propagates `engine.scale_loss(sum over its tokens / global number of tokens)`; the
-engine sums over data parallel ranks.
+engine sums over all ranks that have a parameter: those of topology.data, or of an expert that is dealt out, topology.expert_data.
 
 In fp16 the loss is multiplied by a LossScale, gradients are divided by it again, and a step whose gradients are not finite on
 any rank is skipped on all of them: `skipped` tells of the last step.
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from megalm.parallel.collectives import all_reduce
 from megalm.parallel.loss_scale import LossScale
 from megalm.parallel.tensor_parallel import shard_of, sum_partial_gradients
-from megalm.parallel.topology import Topology
+from megalm.parallel.topology import Group, Topology
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 MakeOptimizer = Callable[[list[dict]], torch.optim.Optimizer]
@@ -40,6 +40,7 @@ class ParameterGroup:
 
     parameters: dict[str, nn.Parameter]
     weight_decay: float
+    experts: bool = False  # that are dealt out: their gradients are summed over topology.expert_data, not .data
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Engine(ABC):
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
         self.shapes = {name: shape_of(p) for name, p in self.parameters.items()}  # local
         self.tie, self.loss_scale = tie, loss_scale
+        self.buffers: dict[str, Tensor] = {}  # what modules keep besides: whole, and the same wherever the module is
         self.steps_done = 0  # without the skipped ones
         self.skipped = False  # whether the last step changed nothing
 
@@ -88,11 +90,11 @@ class Engine(ABC):
     @abstractmethod
     def gradient(self, name: str) -> Tensor:
         """Reduced gradient of this rank's slice, fp32, without the loss scale. Between `accumulate` and `step`; collective
-        over data parallel."""
+        over `replicas`."""
 
     @abstractmethod
     def read(self, name: str, kind: str) -> Tensor:
-        """fp32 master weight (`weight`) or moment of this rank's tensor parallel slice. Collective over data parallel."""
+        """fp32 master weight (`weight`) or moment of this rank's slice. Collective over `replicas`."""
 
     @abstractmethod
     def write(self, name: str, kind: str, value: Tensor) -> None:
@@ -115,11 +117,21 @@ class Engine(ABC):
         """The name under which a checkpoint knows a parameter of this rank."""
         return self.tie.original if self.tie is not None and name == self.tie.name else name
 
+    def replicas(self, name: str) -> Group:
+        """The ranks that have this slice of a parameter, as far as data and context go."""
+        dealt_out = shard_of(self.parameters[name]).first_expert is not None
+        return self.topology.expert_data if dealt_out else self.topology.data
+
     def counts_in_norm(self, name: str) -> bool:
-        """Whether this rank's slice enters the global norm: every element of the model must, exactly once."""
-        if self.is_extra_copy(name):
-            return False
-        return shard_of(self.parameters[name]).dim is not None or self.topology.tensor.is_first
+        """Whether this rank's slice enters the global norm, summed over model and expert groups: every element of the model must,
+        exactly once."""
+        dealt_out = shard_of(self.parameters[name]).first_expert is not None
+        return self.stands_for_copies(name) and (dealt_out or self.topology.expert.is_first)
+
+    def stands_for_copies(self, name: str) -> bool:
+        """Whether this rank is the first within one copy of the model that has its slice."""
+        is_split = shard_of(self.parameters[name]).dim is not None
+        return not self.is_extra_copy(name) and (is_split or self.topology.tensor.is_first)
 
     def is_extra_copy(self, name: str) -> bool:
         """Whether the slice is another rank's too, which counts and saves it: a tied copy, a replicated key/value head."""
@@ -192,8 +204,8 @@ class PlainEngine(Engine):
         self._reduce_model_parallel()
         if self.flat_gradients[0].dtype != torch.float32:
             self.reduced = [flat.float() for flat in self.flat_gradients]
-        for flat in self.reduced:
-            all_reduce(flat, self.topology.data)
+        for flat, group in zip(self.reduced, self.groups, strict=True):
+            all_reduce(flat, self.topology.expert_data if group.experts else self.topology.data)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         return loss if self.loss_scale is None else loss * self.loss_scale.scale
@@ -233,7 +245,8 @@ class PlainEngine(Engine):
         if self.loss_scale is not None:  # copies that are not counted decide too: they would differ from then on
             finite = torch.stack(list(norms.values())).isfinite().all()
             squares = torch.where(finite, squares, torch.inf)
-        return all_reduce(squares.to(self.topology.device), self.topology.model).sqrt().float()
+        total = all_reduce(squares.to(self.topology.device), self.topology.model)
+        return all_reduce(total, self.topology.expert).sqrt().float()
 
     def gradient(self, name: str) -> Tensor:
         return self._reduced_views()[name] / self.scale

@@ -43,7 +43,8 @@ OPERATIONS = {
     "barrier": "barrier",
     "monitored_barrier_": "barrier",
 }
-AXES = ("tensor", "data", "pipeline", "model", "embedding")
+# Of groups that are one where an axis is not used, the last gives the name: data.
+AXES = ("tensor", "context", "batch", "expert_data", "data", "pipeline", "model", "embedding", "expert")
 
 
 class Ledger(TorchDispatchMode):

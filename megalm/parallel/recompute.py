@@ -4,17 +4,20 @@ full        of a block only its input is kept; its whole forward runs again.
 selective   what costs time is kept too: results of matrix products, of attention and of collectives. Norms, activation
             functions, rotary positions and dropout masks are computed again, which costs little and is most of the memory
             (Korthikanti et al. 2022, section 5; they let attention go, which today's kernels do not keep anyway).
+modules     of each part of a block that is named only the input is kept; the rest of the block does not run again. A linear
+            layer keeps its input, so of a norm this saves what it keeps itself, not its output.
 
-Both are torch's non-reentrant checkpoint around the block's forward; no module is wrapped, so all names and hooks stay (but
-hooks of modules inside a block run once more in the backward). Selective adds two dispatch modes below autograd: one keeps
-results in the order of their calls, the other hands them out in that order while the block's forward runs again. Torch has
-such modes of its own, which know nothing of collectives (they write into their arguments) and keep every chosen result;
-these learn in a block's first backward which ones are read again. Not read are the last matrix product and the parts that
-the ranks of a row-parallel layer sum: the sum is kept.
+All are torch's non-reentrant checkpoint around a forward; no module is wrapped, so all names and hooks stay (but hooks of
+modules inside run once more in the backward). Selective adds two dispatch modes below autograd: one keeps results in the order
+of their calls, the other hands them out in that order while the block's forward runs again. Torch has such modes of its own,
+which know nothing of collectives (they write into their arguments) and keep every chosen result; these learn in a block's
+first backward which ones are read again. Not read are the last matrix product and the parts that the ranks of a row-parallel
+layer sum: the sum is kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+from megalm.parallel.offload import Offload
 from megalm.parallel.topology import Group
 from megalm_kernels.attention.operators import attention_forward_op
 
@@ -38,28 +42,36 @@ PRODUCTS = frozenset((*(getattr(torch.ops.aten, name).default for name in _PRODU
 _COPIES = frozenset((torch.ops.aten.clone.default, torch.ops.aten.stack.default, torch.ops.aten.cat.default))
 
 
-def apply_recompute(model: nn.Module, mode: str, every: int, group: Group) -> None:
+_PARTS = {"attention": ("attention",), "mlp": ("mlp",), "norms": ("attention_norm", "mlp_norm")}
+
+
+def apply_recompute(
+    model: nn.Module, mode: str, every: int, group: Group, parts: Sequence[str] = (), offload: Offload | None = None
+) -> None:
     """Recompute every n-th block of `model.layers`, by their numbers in the whole model.
 
     group: whose collectives selective keeps; those of others (ZeRO-3 gathers weights) run again. A block's second forward
     stops where nothing is missing any more: inside the layer whose backward asked for it, so ZeRO-3, which releases a
-    layer's weights when its forward returns, leaves that one's for the backward.
+    layer's weights when its forward returns, leaves that one's for the backward. parts: what `modules` recomputes.
+    offload: where selective's kept results wait.
     """
     if mode == "none":
         return
     blocks: Any = model.layers
     for name, block in blocks.items():
         if int(name) % every == 0:
-            # Without random state: dropout's masks are a function of seed and place (models/dropout.py).
-            repeated = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-            block.forward = partial(repeated, context_fn=_Selection(group)) if mode == "selective" else repeated
+            repeated = [getattr(block, part) for name in parts for part in _PARTS[name]] if mode == "modules" else [block]
+            for module in repeated:
+                # Without random state: dropout's masks are a function of seed and place (models/dropout.py).
+                again = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+                module.forward = partial(again, context_fn=_Selection(group, offload)) if mode == "selective" else again
 
 
 class _Selection:
     """One block's choice of results: which of those that cost time are read again."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, group: Group, offload: Offload | None) -> None:
+        self.group, self.offload = group, offload
         self.read: list[bool] | None = None  # by order of calls; None before the first backward
 
     def __call__(self) -> tuple[TorchDispatchMode, TorchDispatchMode]:
@@ -69,6 +81,16 @@ class _Selection:
 
     def wants(self, index: int) -> bool:
         return self.read is None or (index < len(self.read) and self.read[index])
+
+    def keep(self, wanted: bool, x: Any) -> Any:
+        """What to keep of x. Of an unwanted tensor: what makes one like it, which marks every number computed from it."""
+        if not isinstance(x, Tensor):
+            return x
+        if not wanted:
+            return partial(torch.full, x.shape, torch.nan, dtype=x.dtype, device=x.device)
+        if self.offload is None or self.offload.shelf is None:
+            return x.detach()
+        return partial(self.offload.unpack, self.offload.pack(x.detach()))
 
     def is_collective(self, operation: Any, args: Any) -> bool:
         """Whether it is one of the group's: it writes into its first argument, and returns that and a work to wait for."""
@@ -90,7 +112,7 @@ class _Keep(TorchDispatchMode):
         if collective or operation in PRODUCTS:
             wanted = self.selection.wants(len(self.results))
             kept = args[0] if collective else result
-            self.results.append(tree_map(partial(_keep, wanted), kept))
+            self.results.append(tree_map(partial(self.selection.keep, wanted), kept))
             if wanted and not collective:
                 self.products |= {_address(x) for x in tree_leaves(result)}
         elif operation._schema.is_mutable:
@@ -167,13 +189,6 @@ class _Watch:
 def _address(x: Any) -> int:
     """Where a tensor's storage is; 0 for what has none."""
     return x.untyped_storage().data_ptr() if isinstance(x, Tensor) else 0
-
-
-def _keep(wanted: bool, x: Any) -> Any:
-    """What to keep of x. Of an unwanted tensor: what makes one like it, which marks every number computed from it."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.detach() if wanted else partial(torch.full, x.shape, torch.nan, dtype=x.dtype, device=x.device)
 
 
 def _finished_work() -> Any:

@@ -25,8 +25,18 @@ NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "gradients of inputs",
 _ANSI = {FORWARD: ("44;97", "104;30"), BACKWARD: ("42;97", "102;30"), INPUT: ("46;97", "106;30"), WEIGHT: ("43;97", "103;30")}
 _IDLE = "."
 _INK, _PAPER, _GRID = "#0f172a", "#ffffff", "#e2e8f0"
-_LABEL, _ROW, _TITLE, _AXIS = 64, 22, 26, 22  # pixels
+_LABEL, _ROW, _TITLE, _AXIS, _LANE = 64, 22, 26, 22, 7  # pixels
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+
+class Mark(NamedTuple):
+    """Something that happened below a rank's bar."""
+
+    lane: int  # 0 or 1, from above
+    start: float
+    end: float
+    colour: str
+    title: str
 
 
 class Panel(NamedTuple):
@@ -35,6 +45,14 @@ class Panel(NamedTuple):
     title: str
     timeline: Timeline
     unit: str = ""
+    names: tuple[str, ...] = ()  # of the ranks; rank 0, 1 ... if not given
+    marks: tuple[tuple[Mark, ...], ...] = ()  # by rank
+    legend: tuple[tuple[str, str], ...] = ()  # (colour, what its marks mean)
+
+    @property
+    def row(self) -> int:
+        """Pixels of a rank's row."""
+        return _ROW + (2 * _LANE + 2) * bool(self.marks)
 
 
 def chunks_of(timeline: Timeline) -> list[dict[int, int]]:
@@ -99,8 +117,8 @@ def draw_svg(panels: list[Panel], width: int = 1600) -> str:
         same = [p.timeline.makespan for p in panels if p.unit == panel.unit]
         scale = (width - _LABEL - 8) / (max(same) or 1.0)
         parts.append(f'<text x="8" y="{top + 16}" font-size="14" font-weight="600">{escape(panel.title)}</text>')
-        parts += _svg_rows(panel.timeline, top + _TITLE, scale, width)
-        top += _TITLE + _ROW * len(panel.timeline.spans)
+        parts += [*_svg_rows(panel, top + _TITLE, scale, width), *_svg_marks(panel, top + _TITLE + _ROW - 1, scale)]
+        top += _TITLE + panel.row * len(panel.timeline.spans)
         step = f"{panel.timeline.makespan:.4g} {panel.unit}".strip()
         parts.append(f'<text x="{_LABEL}" y="{top + 14}" font-size="11" fill="#475569">0 to {escape(step)}</text>')
         top += _AXIS
@@ -110,16 +128,20 @@ def draw_svg(panels: list[Panel], width: int = 1600) -> str:
         parts.append(f'<rect x="{x}" y="{top}" width="14" height="14" fill="{COLOURS[kind][0]}"/>')
         parts.append(f'<rect x="{x + 16}" y="{top}" width="14" height="14" fill="{COLOURS[kind][1]}"/>')
         parts.append(f'<text x="{x + 36}" y="{top + 12}" font-size="12">{NAMES[kind]}</text>')
+    for colour, meaning in dict.fromkeys(entry for panel in panels for entry in panel.legend):
+        top += 20
+        parts.append(f'<rect x="{_LABEL}" y="{top + 3}" width="30" height="{_LANE}" fill="{colour}"/>')
+        parts.append(f'<text x="{_LABEL + 36}" y="{top + 12}" font-size="12">{escape(meaning)}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top + 24}" width="{width}" height="{top + 24}"'
     ground = f'<rect width="100%" height="100%" fill="{_PAPER}"/>'
     return "\n".join([f'{head} font-family="{_FONT}" fill="{_INK}">', ground, *parts, "</svg>\n"])
 
 
-def _svg_rows(timeline: Timeline, top: int, scale: float, width: int) -> list[str]:
-    parts = []
+def _svg_rows(panel: Panel, top: int, scale: float, width: int) -> list[str]:
+    parts, timeline = [], panel.timeline
     for rank, (spans, chunks) in enumerate(zip(timeline.spans, chunks_of(timeline), strict=True)):
-        y = top + rank * _ROW
-        parts.append(f'<text x="8" y="{y + 15}" font-size="12">rank {rank}</text>')
+        y, name = top + rank * panel.row, panel.names[rank] if panel.names else f"rank {rank}"
+        parts.append(f'<text x="8" y="{y + 15}" font-size="12">{escape(name)}</text>')
         parts.append(f'<rect x="{_LABEL}" y="{y}" width="{width - _LABEL - 8}" height="{_ROW - 2}" fill="{_GRID}"/>')
         for (kind, stage, microbatch), start, end in spans:
             x, room = _LABEL + (start - timeline.start) * scale, (end - start) * scale
@@ -132,6 +154,17 @@ def _svg_rows(timeline: Timeline, top: int, scale: float, width: int) -> list[st
                 ink = _INK if later else _PAPER
                 middle = f'x="{x + room / 2:.2f}" y="{y + 14}" font-size="10" text-anchor="middle" fill="{ink}"'
                 parts.append(f'<text {middle} pointer-events="none">{microbatch}</text>')
+    return parts
+
+
+def _svg_marks(panel: Panel, top: int, scale: float) -> list[str]:
+    """Two thin lanes below each rank's bar."""
+    parts = []
+    for rank, marks in enumerate(panel.marks):
+        for lane, start, end, colour, title in marks:
+            place = f'x="{_LABEL + (start - panel.timeline.start) * scale:.2f}" y="{top + rank * panel.row + lane * _LANE}"'
+            size = f'width="{max((end - start) * scale, 0.2):.2f}" height="{_LANE - 1}"'
+            parts.append(f'<rect {place} {size} fill="{colour}"><title>{escape(title)}</title></rect>')
     return parts
 
 

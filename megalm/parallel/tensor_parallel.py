@@ -27,26 +27,35 @@ class Shard:
     global_shape: tuple[int, ...]
     dim: int | None = None  # split dim; None: every tensor parallel rank holds all of it
     start: int = 0  # first index held along `dim`
-    sequence_partial: bool = False  # its gradient covers a slice of the sequence only: sum it over the tensor group
+    partial: bool = False  # its gradient is that of a part only, of the sequence or the features: sum it over the tensor group
     padding: int = 0  # indices at the end of `dim` that fill the part up and are not in the whole: always zero
     copies: int = 1  # ranks that hold this same slice; the gradient is the sum of theirs
     copy: int = 0  # which of them this is
+    first_expert: int | None = None  # dim 0 is of experts, of which this rank has those from here on; None: it is not, or all
 
     @property
     def offset(self) -> tuple[int, ...]:
         """Where this part begins in the whole."""
-        return tuple(self.start if dim == self.dim else 0 for dim in range(len(self.global_shape)))
+        begins = {0: self.first_expert or 0, self.dim: self.start}
+        return tuple(begins.get(dim, 0) for dim in range(len(self.global_shape)))
 
     @property
     def is_partial(self) -> bool:
         """Whether the gradient is complete only once it is summed over the tensor group."""
-        return self.sequence_partial or self.copies > 1
+        return self.partial or self.copies > 1
 
-    def slice_of(self, whole: Tensor, length: int) -> Tensor:
-        """This rank's part of the whole tensor; `length` is the local size along `dim`, padding included."""
+    def of_expert(self, index: int) -> tuple[int, Shard]:
+        """Of stacked experts, the index-th that is held: its number, and which part of its matrix."""
+        dim = None if self.dim is None else self.dim - 1
+        return (self.first_expert or 0) + index, Shard(self.global_shape[1:], dim, self.start)
+
+    def slice_of(self, whole: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """This rank's part of the whole tensor; `shape` is the part's, padding included."""
+        if self.first_expert is not None:
+            whole = whole.narrow(0, self.first_expert, shape[0])
         if self.dim is None:
             return whole
-        return self.pad(whole.narrow(self.dim, min(self.start, whole.shape[self.dim]), length - self.padding))
+        return self.pad(whole.narrow(self.dim, min(self.start, whole.shape[self.dim]), shape[self.dim] - self.padding))
 
     def real(self, part: Tensor) -> Tensor:
         """The part without its padding: what the whole has of it."""
@@ -72,8 +81,7 @@ def shard_of(parameter: nn.Parameter) -> Shard:
 
 def local_slice(parameter: nn.Parameter, shape: tuple[int, ...], whole: Tensor) -> Tensor:
     """The part of `whole` that belongs to `parameter`, whose local shape is `shape`."""
-    shard = shard_of(parameter)
-    return shard.slice_of(whole, shape[shard.dim] if shard.dim is not None else 0)
+    return shard_of(parameter).slice_of(whole, shape)
 
 
 def sum_partial_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], group: Group) -> None:
@@ -90,7 +98,7 @@ def sum_partial_gradients(parameters: Sequence[nn.Parameter], gradients: Sequenc
         whole = gradient
         if shard.copies > 1:
             whole = gradient.new_zeros(shard.global_shape)
-            shard.slice_of(whole, gradient.shape[shard.dim or 0]).copy_(gradient)
+            shard.slice_of(whole, tuple(gradient.shape)).copy_(gradient)
         wholes.append(whole)
     flat = all_reduce(torch.cat([whole.flatten() for whole in wholes]), group)
     for parameter, gradient, whole, total in zip(
@@ -113,17 +121,22 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """A slice of a linear layer's input features; the ranks' products are summed, then the bias is added once."""
+    """A slice of a linear layer's input features; the ranks' products are summed, then the bias is added once.
 
-    def __init__(self, full: nn.Linear, topology: Topology, queue: WeightGradients | None):
+    Not `summed`: without bias, this rank's product, which somebody else sums.
+    """
+
+    def __init__(self, full: nn.Linear, topology: Topology, queue: WeightGradients | None, summed: bool = True):
         super().__init__()
+        assert summed or full.bias is None, "a bias is added to the sum"
+        self.summed = summed
         self.group, self.sequence_parallel = topology.tensor, topology.sequence_parallel
         self.queue = queue
         self.weight = _split(topology)(full.weight, 1)
         self.bias = None if full.bias is None else _whole(full.bias, topology)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.group.size == 1:  # the bias with the product: one rounding, as in a plain layer
+        if self.group.size == 1 or not self.summed:  # the bias with the product: one rounding, as in a plain layer
             return linear(x, self.weight, self.bias, self.queue)
         y = linear(x, self.weight, None, self.queue)
         y = scatter_sum(y, self.group) if self.sequence_parallel else sum_from_region(y, self.group, in_place=True)
@@ -146,6 +159,17 @@ class VocabParallelEmbedding(nn.Module):
         return scatter_sum(y, self.group) if self.sequence_parallel else sum_from_region(y, self.group, in_place=True)
 
 
+class LeaveRegion(nn.Module):
+    """g by itself: the ranks' parts are summed."""
+
+    def __init__(self, topology: Topology):
+        super().__init__()
+        self.group, self.sequence_parallel = topology.tensor, topology.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scatter_sum(x, self.group) if self.sequence_parallel else sum_from_region(x, self.group)
+
+
 class _EnterRegion:
     """Forward hook of a `norm`: its output enters a region that is split over the group."""
 
@@ -159,8 +183,8 @@ class _EnterRegion:
 
 
 Split = Callable[[Tensor, int], nn.Parameter]
-LINEAR = ("column", "heads", "logits", "row")  # the styles of matrix products
-STYLES = (*LINEAR, "vocab", "norm", "sequence")
+LINEAR = ("column", "heads", "logits", "row", "part", "inside")  # the styles of matrix products
+STYLES = (*LINEAR, "vocab", "norm", "sequence", "experts", "leave")
 
 
 def _split(topology: Topology, pad: bool = False, heads: int = 0) -> Split:
@@ -189,8 +213,23 @@ def _split(topology: Topology, pad: bool = False, heads: int = 0) -> Split:
 
 def _whole(parameter: nn.Parameter, topology: Topology) -> nn.Parameter:
     """Mark a parameter that every rank holds whole and that, with sequence parallelism, sees a slice of the sequence."""
-    parameter.shard = Shard(tuple(parameter.shape), sequence_partial=topology.sequence_parallel)  # type: ignore[attr-defined]
+    parameter.shard = Shard(tuple(parameter.shape), partial=topology.sequence_parallel)  # type: ignore[attr-defined]
     return parameter
+
+
+def _inside(module: nn.Module, topology: Topology, queue: WeightGradients | None) -> nn.Module:
+    """A whole module between f and g. What follows it is split, so its output's gradient arises in parts, and so its own."""
+
+    def mark(parameter: Tensor, dim: int = 0) -> nn.Parameter:
+        assert isinstance(parameter, nn.Parameter)
+        parameter.shard = Shard(tuple(parameter.shape), partial=topology.tensor.size > 1)  # type: ignore[attr-defined]
+        return parameter
+
+    for parameter in module.parameters():
+        mark(parameter)
+    inside = ColumnParallelLinear(module, mark, queue) if isinstance(module, nn.Linear) else module
+    inside.partial_output_gradient = topology.tensor.size > 1  # type: ignore[assignment]
+    return inside
 
 
 def _on_sequence_slice(module: nn.Module, topology: Topology) -> nn.Module:
@@ -212,11 +251,21 @@ def _styled(style: str, module: Any, owner: Any, topology: Topology, queue: Weig
             return ColumnParallelLinear(module, _split(topology, pad=True), queue)
         case "row":
             return RowParallelLinear(module, topology, queue)
+        case "part":
+            return RowParallelLinear(module, topology, queue, summed=False)
+        case "experts":  # stacked: dim 0 is the expert
+            for name, dim in (("gate", 1), ("up", 1), ("down", 2)):
+                setattr(module, name, _split(topology)(getattr(module, name), dim))
+            return module
+        case "leave":
+            return LeaveRegion(topology)
         case "vocab":
             return VocabParallelEmbedding(module, topology)
         case "norm":
             module.register_forward_hook(_EnterRegion(topology, queue))
             return _on_sequence_slice(module, topology)
+        case "inside":
+            return _inside(module, topology, queue)
         case "sequence":
             return _on_sequence_slice(module, topology)
     raise AssertionError(f"no such style: {style}")

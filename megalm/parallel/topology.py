@@ -1,7 +1,10 @@
-"""Which rank does what: the grid of pipeline x data x tensor ranks and its process groups, one frozen object.
+"""Which rank does what: the grid of pipeline x data x context x tensor ranks and its process groups, one frozen object.
 
-Order from slowest to fastest: pipeline, data, tensor. Tensor parallel ranks are neighbours (they talk most), pipeline
-neighbours are farthest apart (they talk least). World size = product; the data parallel size is derived, never set.
+Order from slowest to fastest: pipeline, data, context, tensor. Tensor parallel ranks are neighbours (they talk most),
+pipeline neighbours are farthest apart (they talk least). World size = product; the data parallel size is derived, never set.
+
+Ranks that differ along data and context have the same weights; the experts are dealt out to expert parallel neighbours among
+them. So a run with experts has two kinds of weights, and two groups over which their gradients are summed.
 """
 
 from __future__ import annotations
@@ -45,10 +48,14 @@ class Topology:
     world_size: int
     device: torch.device
     tensor: Group
-    data: Group
+    context: Group  # ranks that have parts of the same samples' tokens
+    batch: Group  # ranks along data alone: they read other samples
+    data: Group  # data x context: ranks with the same weights, experts apart
     pipeline: Group
-    model: Group  # all ranks of one copy of the model: pipeline x tensor
-    embedding: Group  # first and last pipeline stage of one (data, tensor) place: they share tied embeddings
+    model: Group  # all ranks that hold the weights once: pipeline x tensor
+    embedding: Group  # first and last pipeline stage of one (data, context, tensor) place: they share tied embeddings
+    expert: Group  # neighbours in `data` that the experts are dealt out to
+    expert_data: Group  # ranks of `data` with the same experts
     sequence_parallel: bool = False
 
 
@@ -58,19 +65,20 @@ class Grid:
 
     pipeline: int
     data: int
+    context: int
     tensor: int
 
     @property
     def world_size(self) -> int:
-        return self.pipeline * self.data * self.tensor
+        return self.pipeline * self.data * self.context * self.tensor
 
-    def rank(self, pipeline: int, data: int, tensor: int) -> int:
+    def rank(self, pipeline: int, data: int, context: int, tensor: int) -> int:
         """The global rank at a place in the grid."""
-        return (pipeline * self.data + data) * self.tensor + tensor
+        return ((pipeline * self.data + data) * self.context + context) * self.tensor + tensor
 
     def groups(self, *axes: str) -> list[tuple[int, ...]]:
         """All groups of ranks that differ only along `axes`, each in grid order."""
-        sizes = {"pipeline": self.pipeline, "data": self.data, "tensor": self.tensor}
+        sizes = {"pipeline": self.pipeline, "data": self.data, "context": self.context, "tensor": self.tensor}
         fixed = [axis for axis in sizes if axis not in axes]
         found = []
         for place in itertools.product(*(range(sizes[axis]) for axis in fixed)):
@@ -80,8 +88,24 @@ class Grid:
         return found
 
     def embedding_groups(self) -> list[tuple[int, ...]]:
-        """First and last stage of every (data, tensor) place; one rank where there is one stage."""
+        """First and last stage of every (data, context, tensor) place; one rank where there is one stage."""
         return [tuple(dict.fromkeys((ranks[0], ranks[-1]))) for ranks in self.groups("pipeline")]
+
+    def expert_groups(self, size: int) -> list[tuple[int, ...]]:
+        """Ranks with the same weights in runs of `size`, to which the experts are dealt out."""
+        return [ranks[i : i + size] for ranks in self.groups("data", "context") for i in range(0, len(ranks), size)]
+
+    def expert_data_groups(self, size: int) -> list[tuple[int, ...]]:
+        """Ranks that have the same experts."""
+        return [ranks[i::size] for ranks in self.groups("data", "context") for i in range(size)]
+
+
+def tensor_topology(tensor: Group, device: torch.device, sequence_parallel: bool = False) -> Topology:
+    """One tensor group alone, without processes along the other axes."""
+    rank = tensor.ranks[tensor.rank]
+    one = Group((rank,), 0)
+    others = dict.fromkeys(("context", "batch", "data", "pipeline", "embedding", "expert", "expert_data"), one)
+    return Topology(rank, tensor.size, device, tensor, model=tensor, **others, sequence_parallel=sequence_parallel)
 
 
 def build_topology(config: ParallelConfig, device: torch.device, timeout: timedelta | None = None) -> Topology:
@@ -94,18 +118,23 @@ def build_topology(config: ParallelConfig, device: torch.device, timeout: timede
     def group(all_ranks: list[tuple[int, ...]]) -> Group:
         return _build_group(all_ranks, rank, device, timeout)
 
-    data = world_size // config.model_parallel
-    grid = Grid(config.pipeline_parallel, data, config.tensor_parallel)
+    data = world_size // config.ranks_per_sample
+    grid = Grid(config.pipeline_parallel, data, config.context_parallel, config.tensor_parallel)
     assert grid.world_size == world_size, f"{grid} does not fill {world_size} processes"
+    replicas = group(grid.groups("data", "context"))
     return Topology(
         rank=rank,
         world_size=world_size,
         device=device,
         tensor=group(grid.groups("tensor")),
-        data=group(grid.groups("data")),
+        context=group(grid.groups("context")),
+        batch=group(grid.groups("data")) if config.context_parallel > 1 else replicas,
+        data=replicas,
         pipeline=group(grid.groups("pipeline")),
         model=group(grid.groups("pipeline", "tensor")),
         embedding=group(grid.embedding_groups()),
+        expert=group(grid.expert_groups(config.expert_parallel)),
+        expert_data=group(grid.expert_data_groups(config.expert_parallel)) if config.expert_parallel > 1 else replicas,
         sequence_parallel=config.sequence_parallel and config.tensor_parallel > 1,
     )
 

@@ -2,7 +2,8 @@
 
 The formulae of the communication ledger (ledger.py), which counts the same in the real run; tests hold the two equal to the
 byte. `predict` puts together one part per axis, and reads like the step: tensor parallel inside forward and backward,
-pipeline between stages, the sum of partial gradients, the copies (volume_data.py), norm and loss.
+context and experts there too (volume_tokens.py), pipeline between stages, the sum of partial gradients, the copies
+(volume_data.py), norm and loss.
 
 Bytes are those of the largest buffer that a rank hands in or gets back in a call: the whole tensor of an all-reduce, what an
 all-gather makes, what a reduce-scatter takes. `wire_bytes` turns them into what a ring algorithm sends.
@@ -18,8 +19,9 @@ from typing import NamedTuple
 from megalm.config.run import RunConfig
 from megalm.config.train import ITEM_BYTES
 from megalm.parallel.actions import Schedule
-from megalm.parallel.volume_data import data_parallel_calls, is_recomputed
-from megalm.parallel.volume_parts import Call, Part
+from megalm.parallel.volume_data import data_parallel_calls
+from megalm.parallel.volume_parts import Call, Part, is_repeated
+from megalm.parallel.volume_tokens import local_tokens, token_calls
 
 
 class Count(NamedTuple):
@@ -27,6 +29,7 @@ class Count(NamedTuple):
 
     calls: int
     bytes: int
+    exact: bool = True  # of a formula: whether it says how many bytes, not what an even choice of experts gives
 
 
 Volume = dict[tuple[str, str], Count]
@@ -36,16 +39,18 @@ Volume = dict[tuple[str, str], Count]
 def add_up(calls: Iterable[Call]) -> Volume:
     """Sum calls of the same group and operation; what was not called is left out."""
     volume: Volume = {}
-    for group, operation, times, size in calls:
-        so_far = volume.get((group, operation), Count(0, 0))
-        volume[group, operation] = Count(so_far.calls + times, so_far.bytes + times * size)
-    return {key: count for key, count in sorted(volume.items()) if count.calls}
+    for group, operation, times, size, exact in calls:
+        if times:
+            so_far = volume.get((group, operation), Count(0, 0))
+            volume[group, operation] = Count(so_far.calls + times, so_far.bytes + times * size, so_far.exact and exact)
+    return dict(sorted(volume.items()))
 
 
 def wire_bytes(operation: str, size: int, ranks: int) -> float:
     """What one rank sends for `size` bytes with a ring algorithm; a receiver and a barrier send nothing."""
     share = (ranks - 1) / ranks
-    factors = {"all_reduce": 2 * share, "all_gather": share, "reduce_scatter": share, "recv": 0.0, "barrier": 0.0}
+    factors = {"all_reduce": 2 * share, "recv": 0.0, "barrier": 0.0}
+    factors |= dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all"), share)
     return factors.get(operation, 1.0) * size
 
 
@@ -55,11 +60,14 @@ def group_sizes(config: RunConfig, schedule: Schedule) -> dict[str, int]:
     ends_apart = schedule.rank_of(0) != schedule.rank_of(schedule.num_stages - 1)
     return {
         "tensor": parallel.tensor_parallel,
-        "data": config.data_parallel,
         "pipeline": parallel.pipeline_parallel,
+        "data": config.replicas,
+        "context": parallel.context_parallel,
+        "expert": parallel.expert_parallel,
+        "expert_data": config.replicas // parallel.expert_parallel,
         "model": parallel.model_parallel,
         "embedding": 2 if ends_apart else 1,
-        "world": parallel.model_parallel * config.data_parallel,
+        "world": parallel.model_parallel * config.replicas,
     }
 
 
@@ -73,15 +81,15 @@ def predict(config: RunConfig, schedule: Schedule, rank: int, parts: Mapping[int
     """The volume of one step on pipeline rank `rank`, whose stages hold `parts` (of one tensor parallel rank)."""
     assert is_covered(config), "ask is_covered first"
     calls = [*_tensor(config, parts), *_pipeline(config, schedule, rank), *_sums_within_a_copy(config, parts)]
+    calls += [call for held in parts.values() for call in token_calls(config, held)]
     calls += [*data_parallel_calls(config, schedule, rank, parts), *_reports()]
     sizes = group_sizes(config, schedule)
     return add_up(call for call in calls if sizes[call.group] > 1)
 
 
 def activation_bytes(config: RunConfig) -> int:
-    """One microbatch's hidden state, of the whole sequence."""
-    train = config.train
-    return train.micro_batch_size * config.data.seq_length * config.model.hidden_size * ITEM_BYTES[train.precision]
+    """One microbatch's hidden state, of all tokens that the rank has."""
+    return local_tokens(config) * config.model.hidden_size * ITEM_BYTES[config.train.precision]
 
 
 def _tensor(config: RunConfig, parts: Mapping[int, Sequence[Part]]) -> Iterator[Call]:
@@ -93,8 +101,8 @@ def _tensor(config: RunConfig, parts: Mapping[int, Sequence[Part]]) -> Iterator[
     count, size = config.num_microbatches, activation_bytes(config)
     for held in parts.values():
         paths = [part.path for part in held]
-        f = sum(path.endswith("norm") for path in dict.fromkeys(paths))
-        g = sum(path.endswith((".out", ".down")) for path in dict.fromkeys(paths)) + ("embedding" in paths)
+        f = sum(path.endswith((".attention_norm", ".mlp_norm")) for path in dict.fromkeys(paths)) + ("norm" in paths)
+        g = f - ("norm" in paths) + ("embedding" in paths)  # at the end of what each of a block's norms begins
         f_again, g_again = _forward_again(config, paths)
         if config.parallel.sequence_parallel:
             yield Call("tensor", "all_gather", count * (f + g + f_again), size)
@@ -102,17 +110,17 @@ def _tensor(config: RunConfig, parts: Mapping[int, Sequence[Part]]) -> Iterator[
         else:
             yield Call("tensor", "all_reduce", count * (f + g + g_again), size)
         if "norm" in paths:
-            tokens = config.train.micro_batch_size * config.data.seq_length
-            yield Call("tensor", "all_reduce", count, tokens * 4)
-            yield Call("tensor", "all_reduce", count, 2 * tokens * 4)
+            yield Call("tensor", "all_reduce", count, local_tokens(config) * 4)
+            yield Call("tensor", "all_reduce", count, 2 * local_tokens(config) * 4)
 
 
 def _forward_again(config: RunConfig, paths: Sequence[str]) -> tuple[int, int]:
-    """f and g in the forwards that the backward repeats. Selective recomputation keeps what collectives gave.
+    """f and g in the forwards that the backward repeats. Selective recomputation keeps what collectives gave, and what `modules`
+    repeats lies between them.
 
     The second forward ends with the last thing that the backward needs: without dropout that lies in front of a block's last g.
     """
-    blocks = {path.split(".")[1] for path in paths if path.startswith("layers.") and is_recomputed(path, config)}
+    blocks = {path.split(".")[1] for path in paths if is_repeated(path, config)}
     again = len(blocks) if config.train.recompute == "full" else 0
     return 2 * again, (2 if config.model.dropout else 1) * again
 

@@ -37,7 +37,10 @@ from megalm.parallel.zero_reduce import FlatGradients, InBackward, OncePerStep, 
 
 
 class ZeroEngine(Engine):
-    """ZeRO-1 (optimizer state), 2 (+ gradients) or 3 (+ weights) over the data parallel group."""
+    """ZeRO-1 (optimizer state), 2 (+ gradients) or 3 (+ weights) over the data parallel group.
+
+    `loss_factor`: what a loss without a loss scale is multiplied by, where that is not the group's size (zero_experts.py).
+    """
 
     def __init__(
         self,
@@ -50,9 +53,10 @@ class ZeroEngine(Engine):
         tie: Tie | None = None,
         loss_scale: LossScale | None = None,
         accumulate_fp32: bool = True,
+        loss_factor: int = 0,
     ):
         super().__init__(groups, topology, tie, loss_scale)
-        self.stage, self._moments_linked = parallel.zero, False
+        self.stage, self._moments_linked, self.loss_factor = parallel.zero, False, loss_factor or topology.data.size
         precision = next(iter(self.parameters.values())).dtype
         if precision != torch.float32 and accumulate_fp32:
             for parameter in self.parameters.values():
@@ -83,12 +87,12 @@ class ZeroEngine(Engine):
             self._correct_stage3_norm()
             self.releasing = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
         self.aliased = type(self.optimizer).__name__ == "BF16_Optimizer"  # bf16 ZeRO-1: flat fp32 gradients of its own
-        self.reduction: Reduction = FlatGradients() if self.aliased else OncePerStep()
+        self.reduction: Reduction = FlatGradients(self.excess) if self.aliased else OncePerStep()
         if parallel.zero_reduce == "microbatch":
             assert self.stage > 1 and tie is None, "validated"
             self.reduction = InBackward(self.optimizer, self.stage)
             complete_partial_gradients(list(self.parameters.values()), topology.tensor)
-        self._tell_scale()
+        self.tell_scale()
 
     def _check_understood(self, precision: torch.dtype, clip: float) -> None:
         """DeepSpeed takes defaults for keys it does not know, without a word: compare what it says with what was meant."""
@@ -145,11 +149,19 @@ class ZeroEngine(Engine):
             self.optimizer.parameter_offload.release_backward_leftovers()
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """DeepSpeed averages over data parallel ranks; the contract is a sum. In fp16 see `_tell_scale`."""
-        return loss * (self.topology.data.size if self.loss_scale is None else self.loss_scale.scale)
+        """DeepSpeed averages over data parallel ranks; the contract is a sum. In fp16 see `tell_scale`."""
+        return loss * (self.loss_factor if self.loss_scale is None else self.loss_scale.scale)
 
     def step(self, lr: float) -> Tensor:
         """DeepSpeed divides by the loss scale and finds the overflow; whether the scale changes is our LossScale's business."""
+        norm = self.update(lr)
+        if self.loss_scale is not None:
+            self.loss_scale.update(self.skipped)
+            self.tell_scale()
+        return norm
+
+    def update(self, lr: float) -> Tensor:
+        """A step without a word about the loss scale."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
@@ -157,24 +169,26 @@ class ZeroEngine(Engine):
         self.steps_done += not self.skipped
         if self.skipped and self.stage < 3 and not self.aliased:  # offload keeps it: every later step overflows
             self.optimizer.averaged_gradients = dict.fromkeys(self.optimizer.averaged_gradients)
-        if self.loss_scale is not None:
-            self.loss_scale.update(self.skipped)
-            self._tell_scale()
         return torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float32)
 
-    def _tell_scale(self) -> None:
-        """What DeepSpeed is to divide gradients by: the scale, but not again by the copies, over which it averages.
+    @property
+    def excess(self) -> float:
+        """How many times too large gradients are once DeepSpeed has averaged them: it is to divide them by that.
 
-        In fp16 the loss itself must not grow with the copies: they would overflow where one rank does not.
+        In fp16 that is the scale, but not again by the copies, over which it averages: the loss itself must not grow with the
+        copies, which would overflow where one rank does not.
         """
-        if self.loss_scale is not None:
-            self.optimizer.override_loss_scale(self.loss_scale.scale / self.topology.data.size)
+        return (self.loss_factor if self.loss_scale is None else self.loss_scale.scale) / self.topology.data.size
+
+    def tell_scale(self) -> None:
+        """`excess` may have changed; FlatGradients divides by it itself."""
+        if (self.loss_scale is not None or self.excess != 1.0) and not self.aliased:
+            self.optimizer.override_loss_scale(self.excess)
 
     def gradient(self, name: str) -> Tensor:
         parameter: Any = self.parameters[name]
         whole = self.optimizer.get_fp32_grad_for_param(parameter) if self.stage == 3 else parameter.get_full_hp_grad()
-        scale = 1.0 if self.loss_scale is None else self.scale / self.topology.data.size
-        return whole.float().view(self.shapes[name]) / scale
+        return whole.float().view(self.shapes[name]) / (1.0 if self.aliased else self.excess)
 
     def read(self, name: str, kind: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -220,7 +234,7 @@ class ZeroEngine(Engine):
         self._link_moments()
 
     def finish_load(self) -> None:
-        self._tell_scale()
+        self.tell_scale()
         if self.stage == 3:
             self.optimizer._partition_all_parameters()
             for i in range(len(self.optimizer.fp16_groups)):

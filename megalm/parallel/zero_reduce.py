@@ -52,6 +52,9 @@ class FlatGradients:
 
     in_backward = False
 
+    def __init__(self, excess: float = 1.0):
+        self.excess = excess  # what gradients are divided by: this optimizer of DeepSpeed's knows no loss scale
+
     @contextmanager
     def scope(self, deepspeed: Any) -> Iterator[None]:
         optimizer = deepspeed.optimizer
@@ -64,6 +67,11 @@ class FlatGradients:
                 parameter.grad = None
                 parameter._hp_grad = optimizer.fp32_groups_gradients[i][j]
                 optimizer.fp32_groups_has_gradients[i][j] = True
+            if self.excess != 1.0:
+                optimizer.fp32_groups_gradients_flat[i].div_(self.excess)
+        from deepspeed.utils import groups
+
+        groups.mpu = deepspeed.mpu  # DeepSpeed asks the engine that was made last over which ranks to reduce
         deepspeed.allreduce_gradients()
 
     def after_backward(self, deepspeed: Any) -> None:

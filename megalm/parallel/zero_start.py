@@ -6,33 +6,45 @@ here, on one parameter at a time. All ranks of a data parallel group make the sa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from megalm.config.parallel import ParallelConfig
-from megalm.parallel.topology import Topology
+from megalm.parallel.tensor_parallel import shard_of
+from megalm.parallel.topology import Group, Topology
 from megalm.parallel.zero_config import import_deepspeed, make_node_groups
 
 
 class ShareOut:
-    """Call it with a parameter: this rank keeps its part, and `parameter.ds_shape` says what it was. Collective."""
+    """Call it with a parameter: this rank keeps its part, and `parameter.ds_shape` says what it was. Collective.
+
+    Experts that are dealt out are shared by the ranks that have the same ones; a group of one has nothing to share out.
+    """
 
     def __init__(self, topology: Topology, dtype: torch.dtype, parallel: ParallelConfig):
-        self.converter = None
-        if topology.data.handle is None:
-            return  # one copy: nothing to share out
+        self.topology, self.dtype, self.quantized = topology, dtype, parallel.zero_quantized
+        self.node_size = parallel.zero_node_size
+        self.converter = self._converter(topology.data)
+        self.expert_converter = self._converter(topology.expert_data) if topology.expert.size > 1 else None
+
+    def _converter(self, group: Group) -> Any:
+        if group.handle is None:
+            return None
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        self.converter = deepspeed.zero.Init(
+        return deepspeed.zero.Init(
             # Without it the whole world would share a stage's weights, and with pipeline stages the run dies.
-            data_parallel_group=topology.data.handle,
+            data_parallel_group=group.handle,
             mem_efficient_linear=False,
-            dtype=dtype,
-            zero_param_parallel_group=make_node_groups(topology, parallel.zero_node_size),
-            zero_quantized_weights=parallel.zero_quantized,
+            dtype=self.dtype,
+            zero_param_parallel_group=make_node_groups(self.topology, self.node_size),
+            zero_quantized_weights=self.quantized,
         )
 
     def __call__(self, parameter: nn.Parameter) -> None:
-        if self.converter is not None:
-            self.converter._convert_to_zero_parameters([parameter])
+        converter = self.converter if shard_of(parameter).first_expert is None else self.expert_converter
+        if converter is not None:
+            converter._convert_to_zero_parameters([parameter])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -22,11 +23,15 @@ from megalm.models.init import NoInitialisation, initial_value
 from megalm.models.layers import Dropout, FusesProjections
 from megalm.models.plans import PLANS, TIED
 from megalm.models.registry import build_model
+from megalm.models.router import routers_of
 from megalm.objectives.language_modeling import causal_loss
 from megalm.optim.adam import build_optimizer
 from megalm.optim.groups import build_groups
+from megalm.parallel.context_parallel import apply_context_parallel, local_tokens
 from megalm.parallel.engine import Engine, PlainEngine, Tie
+from megalm.parallel.expert_parallel import apply_expert_parallel
 from megalm.parallel.loss_scale import LossScale
+from megalm.parallel.offload import apply_offload, build_offload
 from megalm.parallel.pipeline import Forward, Hidden, PipelineExecutor, Spec
 from megalm.parallel.recompute import apply_recompute
 from megalm.parallel.schedules import Schedule, build_schedule, forward_only
@@ -35,6 +40,7 @@ from megalm.parallel.tensor_parallel import apply_tensor_parallel, local_slice, 
 from megalm.parallel.topology import Topology
 from megalm.parallel.weight_gradients import WeightGradients
 from megalm.train.forecast import layers_per_stage
+from megalm.train.fused_loss import apply_fused_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -77,11 +83,12 @@ def build_job(config: RunConfig, topology: Topology, corpus: Corpus, draw: bool 
     place = build_place(config, topology, dtype)
     chunks = nn.ModuleList(build_stage(config, topology, s, schedule.num_stages, dtype, draw, queue, place) for s in stages)
     share_tied(chunks)
+    apply_fused_loss(chunks, config, topology, schedule)
     batch_size = config.train.global_batch_size
     eval_samples = -(-config.train.eval_samples // batch_size) * batch_size  # whole batches: the same on every layout
     eval_microbatches = config.num_microbatches * eval_samples // batch_size
     eval_schedule = forward_only(ranks, eval_microbatches, chunks_each, schedule.placement)
-    split = topology.tensor.size if topology.sequence_parallel else 1
+    split = topology.context.size * (topology.tensor.size if topology.sequence_parallel else 1)
     hidden = Spec((config.train.micro_batch_size, config.data.seq_length // split, config.model.hidden_size), dtype)
     executor, evaluator = (
         PipelineExecutor(s, topology.pipeline, lambda stage, microbatch: [hidden], topology.device, queue)
@@ -93,6 +100,7 @@ def build_job(config: RunConfig, topology: Topology, corpus: Corpus, draw: bool 
     if config.train.eval_every and corpus.valid:
         valid = [batch.to(topology.device) for batch in build_loader(config, topology, corpus.valid, eval_samples, reads).read(0)]
     engine = build_engine(config, topology, chunks)
+    engine.buffers = dict(item for chunk in chunks for item in chunk.named_buffers())
     executor.serve(engine)
     return Job(config, topology, stages, chunks, engine, executor, evaluator, loader, valid, corpus)
 
@@ -136,9 +144,14 @@ def build_stage(
         model = build_model(config.model)
     apply_stage(model, stage, layers_per_stage(config, num_stages))
     apply_tensor_parallel(model, PLANS[config.model.architecture], topology, queue)
+    apply_context_parallel(model, topology, config.parallel.context_method)
+    apply_expert_parallel(model, PLANS[config.model.architecture], topology, config.parallel.context_method)
     model.tie()
     apply_initial_weights(model, config, dtype, topology.device, draw, place)
-    apply_recompute(model, config.train.recompute, config.train.recompute_every, topology.tensor)
+    train = config.train
+    offload = build_offload(train.offload_activations, Path(train.offload_path or train.run_dir), topology.device)
+    apply_recompute(model, train.recompute, train.recompute_every, topology.tensor, train.recompute_modules, offload)
+    apply_offload(model, offload)
     for module in model.modules():
         if isinstance(module, Dropout):
             module.seed = config.train.seed
@@ -157,11 +170,13 @@ def apply_initial_weights(
 ) -> None:
     """Replace every meta parameter by its slice of the initial weights, drawn by name: the same on every layout.
 
-    `place` is called with each parameter as soon as it is made.
+    Buffers begin as zeros. `place` is called with each parameter as soon as it is made.
     """
     tied = TIED if config.model.tie_embeddings else {}
     made: dict[int, nn.Parameter] = {}  # a tied parameter has two owners
     for path, module in model.named_modules():
+        for leaf, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, leaf, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
         for leaf, empty in list(module.named_parameters(recurse=False)):
             name = f"{path}.{leaf}".lstrip(".")
             if id(empty) not in made:
@@ -177,7 +192,17 @@ def apply_initial_weights(
 
 
 def draw_part(empty: nn.Parameter, name: str, config: RunConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """This rank's part of a parameter's initial value. The whole one, in fp32, is there only while this function runs."""
+    """This rank's part of a parameter's initial value. The whole one, in fp32, is there only while this function runs.
+
+    Of stacked experts, whose values do not depend on one another, only those that are here are drawn.
+    """
+    if empty.dim() == 3:
+        parts = torch.empty(empty.shape, dtype=dtype, device=device)
+        for index in range(len(parts)):
+            expert, shard = shard_of(empty).of_expert(index)
+            whole = initial_value(f"{name}.{expert}", shard.global_shape, config.model, config.train.seed)
+            parts[index] = shard.slice_of(whole, tuple(empty.shape[1:]))
+        return parts
     whole = initial_value(name, shard_of(empty).global_shape, config.model, config.train.seed)
     part = local_slice(empty, tuple(empty.shape), whole).to(device=device, dtype=dtype)
     in_larger = part.untyped_storage().nbytes() > part.nbytes  # a view would keep the whole alive
@@ -223,33 +248,47 @@ def build_engine(config: RunConfig, topology: Topology, chunks: nn.ModuleList) -
     if config.parallel.zero == 0:
         return PlainEngine(groups, make_optimizer, topology, clip, tie, scale, train.accumulate_fp32)
     from megalm.parallel.zero import ZeroEngine
+    from megalm.parallel.zero_experts import ZeroExpertEngine
 
-    return ZeroEngine(
+    kind = ZeroEngine if topology.expert.size == 1 else ZeroExpertEngine
+    return kind(
         chunks, groups, make_optimizer, topology, clip, config.parallel, tie, scale, train.accumulate_fp32
     )
 
 
 def build_loader(config: RunConfig, topology: Topology, dataset: GPTDataset, batch_size: int, reads: bool) -> Loader:
     """Only ranks with an end of the model (`reads`) read tokens; the others need the samples' numbers alone."""
-    micro, data, pinned = config.train.micro_batch_size, topology.data, topology.device.type == "cuda"
-    return Loader(dataset, batch_size, micro, data.rank, data.size, reads, pinned)
+    micro, batch, pinned = config.train.micro_batch_size, topology.batch, topology.device.type == "cuda"
+    places = build_places(config, topology).numpy() if topology.context.size > 1 else None
+    return Loader(dataset, batch_size, micro, batch.rank, batch.size, reads, pinned, places, config.data.document_mask)
+
+
+def build_places(config: RunConfig, topology: Topology) -> Tensor:
+    """The places in a sample of the tokens that this rank has, (S',) int64."""
+    context, length = topology.context, config.data.seq_length
+    return local_tokens(config.parallel.context_method, context.size, context.rank, length)
 
 
 def build_forward(job: Job, batches: list[Batch], divisor: Tensor, losses: list[Tensor]) -> Forward:
     """What the executor runs: a chunk, and on the last stage the loss (sum over tokens / divisor), noted in `losses`."""
     device, last = job.topology.device, job.executor.schedule.num_stages - 1
-    positions = torch.arange(job.config.data.seq_length, device=device)
-    chunk_of = dict(zip(job.stages, job.chunks, strict=True))
+    positions = build_places(job.config, job.topology).to(device)
+    whole_batch = job.config.train.global_batch_size // job.config.train.micro_batch_size
+    for router in routers_of(job.chunks).values():  # every rank of a tensor group adds the same gradient of its losses
+        router.loss_scale = job.engine.scale_loss(torch.ones((), device=device)) / (whole_batch * job.topology.tensor.size)
+    chunk_of, fused = dict(zip(job.stages, job.chunks, strict=True)), job.config.kernels.fused_loss
 
     def forward(stage: int, microbatch: int, hidden: Hidden | None) -> Tensor:
         batch = batches[microbatch]
         x = batch.tokens if hidden is None else hidden
         assert x is not None, "the first stage reads"
-        y = chunk_of[stage](x, positions, batch.samples)
+        labels = batch.labels if fused and stage == last else None
+        y = chunk_of[stage](x, positions, batch.samples, documents=batch.documents, labels=labels)
         if stage < last:
             return y
         assert batch.labels is not None, "the last stage reads"
-        loss = causal_loss(y, batch.labels, job.topology.tensor, job.config.model.vocab_size) / divisor
+        total = y if fused else causal_loss(y, batch.labels, job.topology.tensor, job.config.model.vocab_size)
+        loss = total / divisor
         losses.append(loss.detach())
         return job.engine.scale_loss(loss)
 

@@ -16,12 +16,15 @@ from torch import Tensor
 
 from megalm.checkpoint.reshard import read_whole
 from megalm.checkpoint.sharded import Manifest, read_manifest
+from megalm.checkpoint.state import BUFFER
 from megalm.config.run import ParityConfig
+from megalm.parallel.engine import WEIGHT
 
 ZERO_GRADIENT = "attention.k.bias"
 """Softmax does not change when all keys of a query move together: this bias's gradient is zero but for rounding, and Adam
 divides rounding by rounding unless eps is larger."""
 
+_KINDS = (f"{WEIGHT}/", f"{BUFFER}/")  # of tensors in a checkpoint that are the model
 _Found = tuple[Any, float]  # a place (a step, a tensor's name) and how far the two are apart there
 
 
@@ -109,14 +112,19 @@ def _largest(a: Tensor, b: Tensor) -> float:
 
 
 def _tensors(reference: Path, other: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Weights of two checkpoints, by name, in the reference's order of layers."""
+    """Weights and buffers of two checkpoints, by name, in the reference's order of layers."""
     a, b = read_manifest(reference), read_manifest(other)
     for name in sorted(_weights(a) | _weights(b), key=model_order):
-        yield name, read_whole(reference, a, f"weight/{name}"), read_whole(other, b, f"weight/{name}")
+        yield name, read_whole(reference, a, _key(a, name)), read_whole(other, b, _key(b, name))
 
 
 def _weights(manifest: Manifest) -> set[str]:
-    return {key.removeprefix("weight/") for key in manifest.tensors if key.startswith("weight/")}
+    return {key.partition("/")[2] for key in manifest.tensors if key.startswith(_KINDS)}
+
+
+def _key(manifest: Manifest, name: str) -> str:
+    """Under which a checkpoint has it."""
+    return next((key for kind in _KINDS if (key := f"{kind}{name}") in manifest.tensors), f"{_KINDS[0]}{name}")
 
 
 def model_order(name: str) -> tuple[int, int, str]:

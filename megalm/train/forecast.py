@@ -1,6 +1,6 @@
-"""What follows from a configuration before anything runs, without torch: layers per stage, and memory per rank.
+"""What follows from a configuration before anything runs, without torch: layers per stage, and peak memory per rank.
 
-Here the model's counts (models/count.py) meet the cluster's (split.py, memory.py, the schedules).
+Here what each stage needs (stage_memory.py) meets the order in which the schedule runs it.
 """
 
 from __future__ import annotations
@@ -9,38 +9,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megalm.config.machine import uses_cuda
 from megalm.config.run import RunConfig
 from megalm.config.stage_split import AUTO, explicit_split
 from megalm.config.train import ITEM_BYTES
-from megalm.models.count import (
-    count_block_activations,
-    count_block_waiting,
-    count_head_activations,
-    count_head_waiting,
-    count_stage_flops_per_token,
-    count_stage_parameters,
-)
-from megalm.parallel.memory import ModelStates, model_states
+from megalm.models.count import count_stage_flops_per_token
+from megalm.parallel.actions import Action
+from megalm.parallel.memory import ModelStates
 from megalm.parallel.schedules import BACKWARD, FORWARD, INPUT, WEIGHT, Schedule, build_schedule
 from megalm.parallel.split import Cost, balanced_split, even_split, layers_of_stage
 from megalm.parallel.timeline import held
+from megalm.train.stage_memory import BlockMemory, StageMemory, states_of
 
 _STEADY = 4  # microbatches per rank after which a schedule holds no more activations than before
+SENDS_KEPT = 4  # parallel/pipeline.py waits for older ones
 _MANY = 1024  # microbatches of an interleaved schedule that is still quick to build
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank: model states, and activations where the schedule holds most of them."""
+    """Bytes on one rank at the fullest moment of a step."""
 
     states: ModelStates
-    activations: float
+    activations: float  # kept from forwards to backwards, where the schedule holds most of them
+    temporary: float  # what the fullest moment needs besides: a block's backward, the loss, what is on its way to other stages
 
     @property
     def total(self) -> float:
-        """What the device must hold, without temporary buffers."""
-        return self.states.on_device + self.activations
+        """What the device must hold at once."""
+        return self.states.on_device + self.activations + self.temporary
 
 
 def layers_per_stage(config: RunConfig, num_stages: int) -> list[int]:
@@ -59,21 +55,28 @@ def layers_per_stage(config: RunConfig, num_stages: int) -> list[int]:
 def predict_memory(config: RunConfig) -> list[RankMemory]:
     """Of each rank of the pipeline."""
     schedule, times = _schedule(config)
-    split = layers_per_stage(config, schedule.num_stages)
-    stages = [layers_of_stage(stage, split) for stage in range(schedule.num_stages)]
-    weights = [
-        _weights(_kept(config, stage, layers, len(stages)), _waiting(config, stage, len(layers), len(stages)))
-        for stage, layers in enumerate(stages)
-    ]
-    again = 0.0  # while one block's backward runs, all of it is there
-    if config.train.recompute != "none":
-        again = max(_kept_by_block(config, "none") - _kept_by_block(config, config.train.recompute), 0.0)
+    count, blocks = schedule.num_stages, BlockMemory(config)
+    split = layers_per_stage(config, count)
+    layers = [layers_of_stage(stage, split) for stage in range(count)]
+    memory = [blocks.stage(layers[stage], stage == 0, stage == count - 1) for stage in range(count)]
+    weights = [_weights(stage.kept, stage.waiting) for stage in memory]
     ranks = []
     for rank, actions in enumerate(schedule.actions):
-        most = times * max(held(actions, weights), default=0.0)
-        parameters = sum(_parameters(config, s, len(stages[s]), len(stages)) for s in schedule.stages_of(rank))
-        ranks.append(RankMemory(_states(config, parameters), most + again))
+        stages = schedule.stages_of(rank)
+        levels = [times * level for level in held(actions, weights)]
+        kept = max(levels, default=0.0)
+        peak = max((_reached(*at, memory, times) for at in zip(actions, [0.0, *levels], strict=False)), default=0.0)
+        peak += _on_its_way(schedule, rank) * blocks.setting.tokens * _hidden_bytes(config)
+        ranks.append(RankMemory(states_of(config, [layers[s] for s in stages], stages, count), kept, max(peak - kept, 0.0)))
     return ranks
+
+
+def _reached(action: Action, before: float, memory: list[StageMemory], times: int) -> float:
+    """The most within an action, which begins with `before`. times: such actions in a row, of which the last reaches most."""
+    stage = memory[action.stage]
+    if action.kind == FORWARD:
+        return before + (times - 1) * stage.kept + stage.forward
+    return before + (0.0 if action.kind == WEIGHT else stage.backward)
 
 
 def _schedule(config: RunConfig) -> tuple[Schedule, int]:
@@ -101,12 +104,13 @@ def _weights(kept: float, waiting: float) -> Mapping[str, float]:
 
 def _work(config: RunConfig, num_stages: int) -> Cost:
     """FLOPs of a stage for one token; blocks that are recomputed run forward twice."""
-    block = count_stage_flops_per_token(config.model, config.data.seq_length, 1, False)
-    head = count_stage_flops_per_token(config.model, config.data.seq_length, 0, True)
+    length, train = config.data.seq_length, config.train
 
     def cost(stage: int, layers: range) -> float:
-        again = sum(_mode(config, i) == "full" for i in layers)
-        return len(layers) * block + again * block / 3 + (head if stage == num_stages - 1 else 0)
+        again = [i for i in layers if train.recompute == "full" and i % train.recompute_every == 0]
+        flops = [count_stage_flops_per_token(config.model, length, range(i, i + 1), False) for i in layers]
+        head = count_stage_flops_per_token(config.model, length, range(0), True) if stage == num_stages - 1 else 0.0
+        return sum(flops) + sum(flops[i - layers.start] for i in again) / 3 + head
 
     return cost
 
@@ -115,12 +119,12 @@ def _memory(config: RunConfig, num_stages: int) -> Cost:
     """Bytes of a stage: its states, and the activations that the schedule lets it hold at once."""
     schedule, times = _schedule(config)
     assert schedule.num_stages == num_stages, f"the schedule has {schedule.num_stages} stages, not {num_stages}"
-    moments = _fullest_moments(schedule)
+    moments, blocks = _fullest_moments(schedule), BlockMemory(config)
 
     def cost(stage: int, layers: range) -> float:
-        states = _states(config, _parameters(config, stage, len(layers), num_stages))
-        kept, waiting = _kept(config, stage, layers, num_stages), _waiting(config, stage, len(layers), num_stages)
-        return states.on_device + times * max((n * kept + m * waiting for n, m in moments[stage]), default=0.0)
+        states = states_of(config, [layers], [stage], num_stages)
+        needs = blocks.stage(layers, stage == 0, stage == num_stages - 1)
+        return states.on_device + times * max((n * needs.kept + m * needs.waiting for n, m in moments[stage]), default=0.0)
 
     return cost
 
@@ -136,64 +140,15 @@ def _fullest_moments(schedule: Schedule) -> list[list[tuple[float, float]]]:
     return found
 
 
-def _parameters(config: RunConfig, stage: int, num_layers: int, num_stages: int) -> int:
-    """On one tensor parallel rank; norms, which every rank has whole, are too few to matter."""
-    whole = count_stage_parameters(config.model, num_layers, stage == 0, stage == num_stages - 1)
-    return -(-whole // config.parallel.tensor_parallel)
+def _on_its_way(schedule: Schedule, rank: int) -> int:
+    """Hidden states or gradients that are there for a neighbouring stage's sake: sent and not waited for, or received early."""
+    if schedule.num_ranks == 1:
+        return 0
+    sent = sum(1 for action in schedule.actions[rank] if schedule.output_of(action) is not None)
+    return min(sent, SENDS_KEPT) + 1
 
 
-def _states(config: RunConfig, parameters: int) -> ModelStates:
-    parallel, train = config.parallel, config.train
-    return model_states(
-        parameters,
-        config.data_parallel,
-        parallel.zero,
-        train.precision,
-        in_backward=parallel.zero > 0 and parallel.zero_reduce == "microbatch",
-        accumulate_fp32=train.accumulate_fp32,
-        offload=parallel.zero > 0 and parallel.zero_offload != "none",
-    )
-
-
-def _mode(config: RunConfig, layer: int) -> str:
-    """How a block is recomputed."""
-    return config.train.recompute if layer % config.train.recompute_every == 0 else "none"
-
-
-def _kept_by_block(config: RunConfig, mode: str) -> float:
-    """Bytes that one block keeps of one microbatch."""
-    parallel, fused = config.parallel, config.kernels.fuse_projections and config.parallel.zero < 3
-    sizes = (ITEM_BYTES[config.train.precision], parallel.tensor_parallel, parallel.sequence_parallel)
-    scores = config.data.seq_length if config.kernels.attention == "reference" else 0
-    triton = _on_triton(config, "swiglu")
-    return count_block_activations(config.model, mode, *sizes, fused=fused, triton=triton, scores=scores) * _tokens(config)
-
-
-def _on_triton(config: RunConfig, operation: str) -> bool:
-    """Whether an operation will run as a Triton kernel: asked for, or left to a machine that has a GPU."""
-    wish = config.kernels.operations()[operation]
-    wish = config.kernels.backend if wish == "auto" else wish
-    return wish == "triton" or (wish != "torch" and uses_cuda(config))
-
-
-def _tokens(config: RunConfig) -> int:
-    """Of one microbatch."""
-    return config.train.micro_batch_size * config.data.seq_length
-
-
-def _waiting(config: RunConfig, stage: int, num_layers: int, num_stages: int) -> float:
-    """Bytes that wait with a stage's weight gradients of one microbatch."""
-    sizes = (ITEM_BYTES[config.train.precision], config.parallel.tensor_parallel)
-    head = count_head_waiting(config.model, *sizes) if stage == num_stages - 1 else 0.0
-    return (num_layers * count_block_waiting(config.model, *sizes) + head) * _tokens(config)
-
-
-def _kept(config: RunConfig, stage: int, layers: range, num_stages: int) -> float:
-    """Bytes that a stage keeps of one microbatch, with the head's."""
-    again = sum(_mode(config, i) == config.train.recompute for i in layers)
-    kept = again * _kept_by_block(config, config.train.recompute) + (len(layers) - again) * _kept_by_block(config, "none")
-    if stage == num_stages - 1:
-        parallel, precision = config.parallel, config.train.precision
-        sizes = (ITEM_BYTES[precision], parallel.tensor_parallel, parallel.sequence_parallel)
-        kept += count_head_activations(config.model, *sizes, triton=_on_triton(config, "cross_entropy")) * _tokens(config)
-    return kept
+def _hidden_bytes(config: RunConfig) -> float:
+    """Of one token, between stages."""
+    split = config.parallel.tensor_parallel if config.parallel.sequence_parallel else 1
+    return config.model.hidden_size * ITEM_BYTES[config.train.precision] / split

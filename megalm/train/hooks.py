@@ -81,12 +81,13 @@ class Logging(Hook):
         return sum(self.losses) / max(1, len(self.losses))
 
     def write(self, record: dict[str, Any]) -> None:
-        """To metrics.jsonl and every tracker, on rank 0."""
+        """To metrics.jsonl and, what is one number, to every tracker, on rank 0."""
         if self.file is not None:
             with writing(Path(self.file.name)):
                 self.file.write(json.dumps(record) + "\n")
+            numbers = {key: value for key, value in record.items() if not isinstance(value, (dict, list))}
             for tracker in self.trackers:
-                tracker.log(record)
+                tracker.log(numbers)
 
     def on_end(self, trainer: Trainer) -> None:
         if self.file is not None:

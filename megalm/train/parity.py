@@ -2,7 +2,8 @@
 
 Every layout is an ordinary `megalm pretrain` in processes of its own. What is compared comes from what such a run leaves
 behind: the checkpoint before the first step, the losses and gradient norms in metrics.jsonl, and the last checkpoint. If a
-layout differs, it and one rank run again with `train.record`, and the first module that differs is named.
+layout differs, it and one rank run again with `train.record`, and the first module that differs is named. With
+`parity.repeat` every layout runs twice, and what the two runs leave behind must be the same to the bit.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from megalm.parallel.workers import Starter, make_folder, start_process, start_w
 from megalm.train.comparison import ZERO_GRADIENT, Comparison, compare
 from megalm.train.divergence import name_first
 from megalm.train.parity_report import Table, header, row, write_report
+from megalm.train.repetition import differences
 
 REFERENCE = "single"
 PRELOAD = ("torch", "megalm.launchers.compose", "hydra.main", "megalm.train.warm")
@@ -78,7 +80,8 @@ def parity_command(config: ParityRun, command: str = "megalm parity", start: Sta
         error = RunError(*faults)
         error.kind = "parity error"
         raise error
-    log(f"{count} layout{'s' * (count != 1)} equal one rank over {config.parity.steps} steps")
+    again = ", and every run, repeated, equals itself to the bit" if config.parity.repeat else ""
+    log(f"{count} layout{'s' * (count != 1)} equal one rank over {config.parity.steps} steps{again}")
 
 
 def build_suites(config: ParityRun) -> list[Suite]:
@@ -106,7 +109,13 @@ def run_config(config: ParityRun, layout: str, folder: Path) -> RunConfig:
         ) from error
     sections = {f.name: getattr(laid_out, f.name) for f in dataclasses.fields(RunConfig)}
     steps = config.parity.steps
-    sections["train"] = dataclasses.replace(config.train, steps=steps, run_dir=str(folder / layout), log_every=steps)
+    sections["train"] = dataclasses.replace(
+        config.train,
+        steps=steps,
+        run_dir=str(folder / layout),
+        log_every=steps,
+        deterministic=config.train.deterministic or config.parity.repeat,
+    )
     sections["checkpoint"] = dataclasses.replace(config.checkpoint, save_first=True, keep=0, load="")
     sections["data"] = dataclasses.replace(
         config.data, path=config.data.path or str(Path(config.parity.work_dir) / "corpus")
@@ -138,8 +147,20 @@ def run_suite(config: ParityRun, suite: Suite, start: Starter, report: Callable[
             compare(result, suite.work / REFERENCE, suite.work / name, config.parity)
         if result.first_step:
             result.faults.append(name_module(suite, name, result.first_step, start))
+        if config.parity.repeat and not result.faults:
+            result.faults += repeat(suite, name, start)
         log(row(result, width))
         report()
+
+
+def repeat(suite: Suite, layout: str, start: Starter) -> list[str]:
+    """Run a layout once more; say what is not the same."""
+    run, folder = suite.runs[layout], suite.work / f"{layout}-again"
+    try:
+        start_layout(dataclasses.replace(run, train=dataclasses.replace(run.train, run_dir=str(folder))), start)
+    except MegalmError as error:
+        return [f"did not run a second time: {_in_one_line(error)}"]
+    return differences(suite.work / layout, folder)
 
 
 def start_layout(run: RunConfig, start: Starter) -> None:
@@ -187,7 +208,7 @@ def clear(work: Path, suites: list[Suite]) -> None:
 def clear_runs(suite: Suite) -> None:
     """Delete the folders and configs of one model's runs, and of their repetitions."""
     for name in suite.runs:
-        for folder in (suite.work / name, *suite.work.glob(f"{name}-step-*")):
+        for folder in (suite.work / name, suite.work / f"{name}-again", *suite.work.glob(f"{name}-step-*")):
             shutil.rmtree(folder, ignore_errors=True)
             folder.with_suffix(".yaml").unlink(missing_ok=True)
 

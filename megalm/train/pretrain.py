@@ -22,7 +22,7 @@ from megalm.data.corpus import Corpus, corpus_of
 from megalm.errors import CheckpointError, ConfigError, Problem, RunError, writing
 from megalm.log import close_log, log, open_log, this_rank
 from megalm.models.count import count_parameters
-from megalm.parallel.bootstrap import start_process_group, stop_process_group
+from megalm.parallel.bootstrap import be_deterministic, start_process_group, stop_process_group
 from megalm.parallel.topology import Topology, build_topology
 from megalm.parallel.workers import make_folder, note_error
 from megalm.train.build import build_job
@@ -30,6 +30,7 @@ from megalm.train.counting import Counting
 from megalm.train.hooks import Checkpointing, Evaluating, Logging, ProgressBar
 from megalm.train.kernels import choose_kernels, describe, facts_of
 from megalm.train.record import Recording
+from megalm.train.routing import Routing
 from megalm.train.trace import Tracing
 from megalm.train.tracking import build_trackers
 from megalm.train.trainer import Hook, Trainer
@@ -44,6 +45,8 @@ def pretrain(config: RunConfig) -> None:
         with writing(run_dir):
             lock = lock_folder(run_dir) if this_rank() == 0 else None
             open_log(run_dir / "logs")
+        if config.train.deterministic:
+            be_deterministic()
         device = start_process_group(config.cluster, flatten(config))
         config.cluster.num_processes = dist.get_world_size()
         torch.manual_seed(config.train.seed)  # nothing draws from it; what does one day is the same each time
@@ -104,6 +107,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
                 corpus.tokenizer.save(run_dir / "tokenizer.json")
     logging = Logging(build_trackers(config, resolved) if topology.rank == 0 else [])
     hooks: list[Hook] = [Counting(), Tracing(), ProgressBar(), logging, Evaluating(logging), Checkpointing(resolved, logging)]
+    if config.model.num_experts:
+        hooks.insert(hooks.index(logging) + 1, Routing(logging))
     if config.train.record:
         hooks.append(Recording(Path(config.train.record), config.train.record_step))
     Trainer(job, state, hooks).fit()

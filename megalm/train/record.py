@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from megalm.errors import writing
 from megalm.log import log
 from megalm.parallel.tensor_parallel import ColumnParallelLinear, shard_of
+from megalm.train.build import build_places
 from megalm.train.trainer import Hook, StepResult, Trainer
 
 OUTPUT, OUTPUT_GRADIENT, GRADIENT = "output", "output gradient", "gradient"
@@ -68,7 +69,7 @@ class Recording(Hook):
         engine = trainer.engine
         for name, parameter in engine.parameters.items():
             gradient, shard = engine.gradient(name), shard_of(parameter)  # collective
-            if trainer.topology.data.is_first:
+            if engine.replicas(name).is_first:
                 self.pieces.append(Piece(engine.saved_name(name), GRADIENT, _copy(shard.real(gradient)), shard.offset, []))
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -93,32 +94,37 @@ class Recording(Hook):
         """Forward hook. Of a recomputed module only the output has a gradient: the first time, nothing inside it has."""
         if self.samples is None or not isinstance(y, Tensor) or y.dim() != 3:  # a table of positions has no samples
             return
-        start, padding, is_partial = self._place(module, y)
-        self._add(name, OUTPUT, y, start, padding, self.samples)
+        samples, (feature, padding, is_partial) = self.samples, _features(module)
+        place = partial(self._add, name, places=self._places(y), feature=feature, padding=padding, samples=samples)
+        place(OUTPUT, y)
         if y.requires_grad and not is_partial:
-            samples, engine = self.samples, self.trainer.engine
-            scale = float(engine.scale_loss(torch.ones(())))  # sync
+            scale = float(self.trainer.engine.scale_loss(torch.ones(())))  # sync
+            y.register_hook(lambda gradient: place(OUTPUT_GRADIENT, gradient / scale))
 
-            def note_gradient(gradient: Tensor) -> None:
-                self._add(name, OUTPUT_GRADIENT, gradient / scale, start, padding, samples)
+    def _places(self, y: Tensor) -> Tensor:
+        """The places in their samples of y's tokens, which may be a slice of this rank's."""
+        places, tensor = build_places(self.trainer.config, self.trainer.topology), self.trainer.topology.tensor
+        return places if y.shape[1] == len(places) else places.chunk(tensor.size)[tensor.rank]
 
-            y.register_hook(note_gradient)
-
-    def _add(self, name: str, kind: str, x: Tensor, start: tuple[int, ...], padding: int, samples: list[int]) -> None:
+    def _add(
+        self, name: str, kind: str, x: Tensor, places: Tensor, feature: int, padding: int, samples: list[int]
+    ) -> None:
         key = name, kind, tuple(samples)
-        if key not in self.seen:  # a backward in two halves passes twice
-            self.seen.add(key)
-            self.pieces.append(Piece(name, kind, _copy(x[..., : x.shape[-1] - padding]), start, samples))
+        if key in self.seen:  # a backward in two halves passes twice
+            return
+        self.seen.add(key)
+        x, begin = x[..., : x.shape[-1] - padding], 0
+        for end in [*((places.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(places)]:  # of runs without a gap
+            self.pieces.append(Piece(name, kind, _copy(x[:, begin:end]), (int(places[begin]), feature), samples))
+            begin = end
 
-    def _place(self, module: nn.Module, y: Tensor) -> tuple[tuple[int, int], int, bool]:
-        """Where y (B, S', F') begins in the whole, its padded features, and whether its gradient is one of several parts."""
-        topology = self.trainer.topology
-        is_slice = y.shape[1] < self.trainer.config.data.seq_length
-        sequence = topology.tensor.rank * y.shape[1] if is_slice else 0
-        if not isinstance(module, ColumnParallelLinear):
-            return (sequence, 0), 0, False
-        shard = shard_of(module.weight)
-        return (sequence, shard.start), shard.padding, shard.copies > 1
+
+def _features(module: nn.Module) -> tuple[int, int, bool]:
+    """A module's first feature, its padded features, and whether its output's gradient is one of several parts."""
+    if not isinstance(module, ColumnParallelLinear):
+        return 0, 0, getattr(module, "partial_output_gradient", False)
+    shard = shard_of(module.weight)
+    return shard.start, shard.padding, shard.is_partial
 
 
 def _copy(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from megalm.config.parallel import layout_name
 from megalm.config.run import RunConfig
 
 NAMES = ["single", "tp2", "tp2_sp", "tp2_pp2_dp2_zero3", "dp4_zero1", "zero2"]
+NAMES += ["cp2_ring", "tp2_sp_cp2_ulysses", "cp2_ring_pp2_dp2_ep4_zero1", "dp2_ep2"]
 NAMES += ["pp2_gpipe", "pp2_gpipe_chunks2", "pp2_interleaved", "pp4_interleaved_chunks3"]
 
 
@@ -31,6 +32,7 @@ def test_another_architecture_derives_anew_what_it_had_derived() -> None:
     assert (gpt.model.architecture, gpt.model.tie_embeddings) == ("gpt", True)
     assert gpt.model.ffn_size == 4 * gpt.model.hidden_size != llama.model.ffn_size
     assert with_model(gpt, "llama").model == llama.model
+    assert gpt.model.expert_ffn_size == gpt.model.ffn_size, "derived from what is derived"
 
 
 def test_candidates_are_few_first_and_each_once() -> None:
@@ -38,12 +40,27 @@ def test_candidates_are_few_first_and_each_once() -> None:
     sizes = [with_layout(RunConfig(), name).cluster.num_processes for name in names]
     assert sizes == sorted(sizes) and sizes[-1] == 8 and len(set(names)) == len(names)
     assert all(with_layout(RunConfig(), name).cluster.num_processes <= 2 for name in candidate_layouts(2))
+    assert {"cp2_ring", "cp2_ulysses_ep2", "dp2_ep2_zero3", "cp2_ring_zero2"} < set(candidate_layouts(2))
+    dealt = [with_layout(RunConfig(), name) for name in names if "ep" in name]
+    assert all(config.replicas % config.parallel.expert_parallel == 0 for config in dealt)
 
 
 def test_a_sample_shows_every_schedule_and_each_pair_of_axes() -> None:
     legal = ["dp2", "pp2", "pp2_gpipe", "pp2_dp2", "tp2", "tp2_dp2", "tp2_pp2_gpipe", "dp8"]
     assert sample_layouts(legal) == ["pp2_dp2", "tp2_dp2", "tp2_pp2_gpipe"]  # the smaller ones show nothing more
     assert sample_layouts([]) == []
+
+
+def test_a_sample_joins_context_and_expert_parallelism_with_everything_else_once() -> None:
+    """Few layouts, because a continuous build runs all of them."""
+    every = candidate_layouts(8)
+    for names, limit in (([name for name in every if "ep" not in name], 20), (every, 20)):
+        sample = [set(name.split("_")) for name in sample_layouts(names)]
+        joins = [{"cp2", "ring"}, {"tp2", "ulysses"}, {"cp2", "pp2"}, {"cp2", "dp2", "zero1"}, {"cp2", "dp2", "zero3"}, {"cp4"}]
+        if names is every:
+            joins += [{"ep4"}, {"ep2", "tp2"}, {"ep2", "pp2", "zero1"}, {"ep2", "cp2"}]
+        missing = [join for join in joins if not any(join <= parts for parts in sample)]
+        assert missing == [] and len(sample) <= limit
 
 
 @pytest.mark.parametrize("name", ["foo", "tp0", "dp0", "zero4", "tp2_x"])
@@ -55,3 +72,4 @@ def test_bad_names_raise(name: str) -> None:
 def test_node_sets_the_world_size_only_where_the_name_does() -> None:
     assert layout_node("tp2_pp2") == {"parallel": {"tensor_parallel": 2, "pipeline_parallel": 2}}
     assert layout_node("tp2_pp2_dp3")["cluster"] == {"num_processes": 12}
+    assert layout_node("tp2_cp2_ring_dp3_ep2")["cluster"] == {"num_processes": 12}

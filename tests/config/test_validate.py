@@ -33,6 +33,9 @@ BREAKS: dict[str, dict[str, Any]] = {
     "split_sum": {"parallel.pipeline_parallel": 2, "parallel.stage_split": "3,3"},
     "split_empty": {"parallel.pipeline_parallel": 4, "parallel.stage_split": "2,0,1,1"},
     "recompute_every_used": {"train.recompute_every": 2},
+    "recompute_modules_used": {"train.recompute_modules": ["mlp"]},
+    "offload_device": {"train.offload_activations": "cpu"},
+    "offload_path_used": {"train.offload_path": "x"},
     "chunks_schedule": {"parallel.pipeline_parallel": 2, "parallel.chunks": 2},
     "interleaved_chunks": {"parallel.pipeline_parallel": 2, "parallel.schedule": "interleaved"},
     "chunks_stages": {"parallel.chunks": 2, "parallel.schedule": "gpipe"},
@@ -79,6 +82,48 @@ BREAKS: dict[str, dict[str, Any]] = {
     **{f"{name}_used": {"model.architecture": "gpt", f"kernels.{name}": "torch"} for name in ("rms_norm", "rotary", "swiglu")},
     "attention_head_dim": {"kernels.attention": "triton", "model.head_dim": 44},  # on a machine with GPUs
     "attention_precision": {"kernels.attention": "cudnn", "train.precision": "fp32"},  # on a machine with GPUs
+    "sequence_per_context_rank": {"parallel.context_parallel": 2, "data.seq_length": 126},
+    "heads_per_context_rank": {
+        "parallel.context_parallel": 4, "parallel.context_method": "ulysses", "parallel.tensor_parallel": 2
+    },
+    "kv_heads_per_context_rank": {
+        "parallel.context_parallel": 4, "parallel.context_method": "ulysses", "model.num_heads": 12, "model.num_kv_heads": 6,
+        "model.head_dim": 8,
+    },
+    "context_method_used": {"parallel.context_method": "ulysses"},
+    "ring_kernel": {"parallel.context_parallel": 2, "kernels.backend": "torch"},  # on a machine with GPUs
+    "attention_window": {"kernels.attention": "cudnn", "model.window": 16},  # on a machine with GPUs
+    "latent_llama": {"model.architecture": "gpt", "model.kv_latent_size": 64, "model.rope_head_dim": 8},
+    "latent_rope": {"model.kv_latent_size": 64, "model.rope_head_dim": 7},
+    "latent_value": {"model.kv_latent_size": 64, "model.rope_head_dim": 8, "model.value_head_dim": 33},
+    "latent_kv_heads": {"model.kv_latent_size": 64, "model.rope_head_dim": 8, "model.num_kv_heads": 2},
+    "experts_llama": {"model.architecture": "gpt", "model.num_experts": 4},
+    "experts_per_token_used": {"model.experts_per_token": 1},
+    "num_shared_experts_used": {"model.num_shared_experts": 1},
+    "num_dense_layers_used": {"model.num_dense_layers": 1},
+    "router_score_used": {"model.router_score": "sigmoid"},
+    "router_normalize_used": {"model.router_normalize": False},
+    **{f"router_{name}_used": {f"model.router_{name}": 0.5} for name in ("scale", "aux_loss", "z_loss", "balance_rate")},
+    "capacity_factor_used": {"model.capacity_factor": 1.25},
+    "expert_parallel_used": {"parallel.expert_parallel": 2, "cluster.num_processes": 2},
+    "expert_ffn_size_used": {"model.expert_ffn_size": 64},
+    "experts_enough": {"model.num_experts": 4, "model.experts_per_token": 5},
+    "router_learns": {"model.num_experts": 4, "model.experts_per_token": 1},
+    "experts_somewhere": {"model.num_experts": 4, "model.num_dense_layers": 4},
+    "expert_features_per_rank": {"model.num_experts": 4, "model.expert_ffn_size": 65, "parallel.tensor_parallel": 2},
+    "experts_per_rank": {"model.num_experts": 5, "parallel.expert_parallel": 2, "cluster.num_processes": 2},
+    "expert_ranks": {"model.num_experts": 6, "parallel.expert_parallel": 3, "cluster.num_processes": 4},
+    "q_latent_used": {"model.q_latent_size": 64},
+    "rope_head_dim_used": {"model.rope_head_dim": 8},
+    "value_head_dim_used": {"model.value_head_dim": 8},
+    "node_size_experts": {
+        "parallel.zero_node_size": 2, "parallel.zero": 3, "cluster.num_processes": 4, "model.num_experts": 4,
+        "parallel.expert_parallel": 2,
+    },
+    "quantized_experts": {  # on a machine with GPUs
+        "parallel.zero_quantized": True, "parallel.zero": 3, "cluster.num_processes": 2, "model.num_experts": 4,
+        "parallel.expert_parallel": 2,
+    },
     "quantized_gpu": {"parallel.zero_quantized": True, "parallel.zero": 3},
     "fp16_zero_device": {"train.precision": "fp16", "parallel.zero": 1},
     "loss_scale_used": {"train.loss_scale": 8.0},
@@ -91,8 +136,11 @@ BREAKS: dict[str, dict[str, Any]] = {
 MACHINES = {
     "gpu_each": {"CUDA_VISIBLE_DEVICES": "0,1"},
     "quantized_zero3": {"CUDA_VISIBLE_DEVICES": "0,1"},
+    "quantized_experts": {"CUDA_VISIBLE_DEVICES": "0,1"},
     "attention_head_dim": {"CUDA_VISIBLE_DEVICES": "0,1"},
     "attention_precision": {"CUDA_VISIBLE_DEVICES": "0,1"},
+    "ring_kernel": {"CUDA_VISIBLE_DEVICES": "0,1"},
+    "attention_window": {"CUDA_VISIBLE_DEVICES": "0,1"},
     "launched": {"RANK": "0", "WORLD_SIZE": "2"},
 }
 
@@ -153,9 +201,14 @@ def test_row_raises_and_its_fix_passes(name: str, monkeypatch: pytest.MonkeyPatc
         {"parallel.pipeline_parallel": 6, "parallel.stage_split": "0, 1,1,1,1, 0"},  # more stages than layers
         {"parallel.pipeline_parallel": 2, "parallel.chunks": 2, "parallel.schedule": "bfs", "parallel.stage_split": "0,2,1,1"},
         {"train.recompute": "selective", "train.recompute_every": 3},
+        {"train.recompute": "modules", "train.recompute_modules": ["norms"], "train.offload_activations": "disk"},
         {"kernels.attention": "sdpa", "model.head_dim": 44},
         {"kernels.attention": "reference", "train.precision": "fp32"},
         {"kernels.backend": "torch", "model.head_dim": 44},
+        {"model.kv_latent_size": 64, "model.rope_head_dim": 10, "model.head_dim": 33, "model.value_head_dim": 33},
+        {"model.num_experts": 6, "parallel.expert_parallel": 2, "cluster.num_processes": 4, "model.capacity_factor": 1.0},
+        {"model.ffn_size": 384, "model.expert_ffn_size": 384},  # as a saved configuration says it
+        {"model.value_head_dim": 32},  # as a saved configuration says it: what 0 stands for
     ],
 )
 def test_sound_configs_pass(flat: dict[str, Any]) -> None:
@@ -288,7 +341,8 @@ def _values(field: Any, kind: Any) -> st.SearchStrategy[Any]:
         float: st.floats(-1, 2) | st.just(fields.default_of(field)),
     }
     texts = st.sampled_from(["1,0,0", "0.9,0.1,0", "x", "2,2", "0,3,1", "auto", *(field.metadata["allowed"] or ["y"])])
-    return {bool: st.booleans(), str: texts, **numbers}[kind]
+    lists = st.lists(st.sampled_from([*field.metadata["allowed"], "y"]), max_size=2)
+    return {bool: st.booleans(), str: texts, list[str]: lists, **numbers}[kind]
 
 
 LEAVES = {

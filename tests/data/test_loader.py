@@ -92,3 +92,33 @@ def test_an_error_in_the_background_arrives(dataset, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         loader.step(0)
     loader.close()
+
+
+def test_a_rank_of_the_context_gets_its_tokens_of_every_sample(dataset):
+    whole, part = Loader(dataset, 12, 3, 0, 2), Loader(dataset, 12, 3, 0, 2, places=np.array([0, 1, 6, 7]))
+    for all_of, some in zip(whole.step(0), part.step(0), strict=True):
+        assert torch.equal(some.tokens, all_of.tokens[:, [0, 1, 6, 7]]) and some.tokens.is_contiguous()
+        assert torch.equal(some.labels, all_of.labels[:, [0, 1, 6, 7]]) and torch.equal(some.samples, all_of.samples)
+    whole.close(), part.close()
+
+
+@pytest.mark.parametrize("places", [None, np.array([1, 5, 6])])
+@pytest.mark.parametrize("reads", [True, False])
+def test_documents_of_a_batch(dataset, places, reads):
+    """A document is 37 numbers from a multiple of 50 on: a token's remainder is its place in the document."""
+    loader = Loader(dataset, 24, 12, 0, 1, reads, places=places, document_mask=True)
+    seen = 0
+    for batch in loader.step(0):
+        rows = torch.from_numpy(dataset.samples(batch.samples.numpy()))
+        starts = [[0, *((row[1:8] % 50 == 0).nonzero()[:, 0] + 1).tolist()] for row in rows]
+        assert batch.documents.starts == tuple(map(tuple, starts))
+        assert batch.documents.cu_seqlens.tolist() == [8 * i + s for i, row in enumerate(starts) for s in row] + [96]
+        here = slice(None) if places is None else places
+        first = rows[:, :1] % 50 * (rows[:, :8] // 50 == rows[:, :1] // 50)  # what the sample's first document lacks
+        assert torch.equal(batch.documents.positions, (rows[:, :8] % 50 - first)[:, here])
+        seen += sum(len(row) > 1 for row in starts)
+        if reads:
+            last = (rows[:, 1:] % 50 == 0)[:, here]
+            assert torch.equal(batch.labels == -100, last) and torch.equal(batch.labels[~last], rows[:, 1:][:, here][~last])
+    loader.close()
+    assert seen > 3

@@ -80,6 +80,23 @@ def test_samples_are_rows_of_sample(tmp_path):
     assert rows.tolist() == [dataset.sample(int(n)).tolist() for n in numbers]
 
 
+@given(st.lists(st.integers(1, 9), min_size=3, max_size=12), st.integers(1, 7), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_where_documents_begin(tmp_path_factory, lengths, seq_length, seed):
+    """Every document is of one token of its own, so that the stream tells where each begins."""
+    if sum(lengths) < seq_length + 1:
+        return
+    prefix = tmp_path_factory.mktemp("data") / "corpus"
+    with IndexedWriter(prefix, 1000) as writer:
+        for number, length in enumerate(lengths):
+            writer.add_document(np.full(length, number))
+    dataset = GPTDataset(IndexedDataset(prefix), seq_length, np.arange(len(lengths)), seed)
+    for number in range(2 * len(dataset)):
+        inputs = dataset.sample(number)[:-1]
+        changes = [place for place in range(1, seq_length) if inputs[place] != inputs[place - 1]]
+        assert dataset.document_starts(number) == [0, *changes]
+
+
 def test_two_epochs_are_kept_at_most(tmp_path):
     dataset = GPTDataset(corpus(tmp_path, [40, 7, 90]), 8, np.arange(3), 0)
     for epoch in range(5):

@@ -19,20 +19,34 @@ from megalm.config.run import RunConfig
 from megalm.config.tasks import GenerateConfig
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import CheckpointError, ConfigError, DataError
+from megalm.inference.cache import GrowingCache
 from megalm.inference.generate import check_prompt, find_device, find_tokenizer, generate, generate_command, load_model
 from megalm.inference.sampling import draw_token
+from megalm.models.attention import CausalAttention
 from megalm.models.decoder import Decoder
 from megalm.models.init import initial_value
 from megalm.models.registry import build_model
 from megalm.parallel.topology import build_topology
 from megalm.testing import run_distributed
 from megalm.train.build import build_engine, build_stage
+from megalm_kernels import decode_attention
 
 VOCAB, NO_END = 260, -1
 
 
-def shape(architecture: str, tied: bool = False) -> ModelConfig:
-    return ModelConfig(architecture, VOCAB, 16, 2, 4, 0 if architecture == "gpt" else 2, max_seq_length=32, tie_embeddings=tied)
+LATENT = {"kv_latent_size": 12, "q_latent_size": 10, "rope_head_dim": 2, "value_head_dim": 3}
+VARIANTS: dict[str, dict[str, int]] = {
+    "window": {"window": 5, "num_kv_heads": 2},
+    "latent": LATENT,
+    "latent window": {**LATENT, "window": 5},
+}
+
+
+def shape(name: str, tied: bool = False) -> ModelConfig:
+    """An architecture, or a llama with one of the variants of attention."""
+    parts = VARIANTS.get(name, {"num_kv_heads": 2} if name == "llama" else {})
+    architecture = "gpt" if name == "gpt" else "llama"
+    return ModelConfig(architecture, VOCAB, 16, 2, 4, max_seq_length=32, tie_embeddings=tied, **parts)  # type: ignore[arg-type]
 
 
 def fresh(architecture: str, tied: bool = False) -> Decoder:
@@ -72,7 +86,7 @@ def save(root: Path, architecture: str, data: DataConfig | None = None, tied: bo
     return root
 
 
-@pytest.mark.parametrize("architecture", ["gpt", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt", "llama", *VARIANTS])
 @pytest.mark.parametrize("greedy", [True, False])
 def test_the_cache_changes_nothing(architecture: str, greedy: bool) -> None:
     """Token by token equal to running the whole sequence again for each."""
@@ -84,6 +98,31 @@ def test_the_cache_changes_nothing(architecture: str, greedy: bool) -> None:
         tokens = [*tokens, int(draw_token(logits, greedy, 0.7, 50, 0.9, generator))]
     assert found == tokens[4:]
     assert len(set(found)) > 5, "a model that repeats itself would hide a fault of the cache"
+
+
+@pytest.mark.parametrize("variant", ["window", "latent window"])
+def test_a_window_hides_what_is_far_behind(variant: str) -> None:
+    """Two layers see 5 + 5 tokens back: another token before that changes nothing, one within changes the logits."""
+    model, tokens = sharp(variant), torch.arange(3, 23)[None]
+    cache = GrowingCache(20)
+    model(tokens[:, :19], torch.arange(19), cache=cache)
+    last = model(tokens[:, 19:], torch.tensor([19]), cache=cache)
+    for place, equal in ((8, True), (9, False)):
+        other, cache = tokens.clone(), GrowingCache(20)
+        other[0, place] = 200
+        model(other[:, :19], torch.arange(19), cache=cache)
+        found = model(other[:, 19:], torch.tensor([19]), cache=cache)
+        assert torch.equal(found, last) is equal, place
+
+
+def test_the_kernel_for_decoding_has_the_same_window() -> None:
+    """What a token sees through `model.window` is what `decode_attention` shows it with window_left."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 20, heads, 8, generator=generator) for heads in (4, 2, 2))
+    for window in (1, 5, 30):
+        whole = CausalAttention(window)(q, k, v, None)
+        found = decode_attention(q[:, -2:], k, v, window_left=window)
+        torch.testing.assert_close(found, whole[:, -2:], rtol=1e-5, atol=1e-6)
 
 
 def test_the_seed_decides() -> None:

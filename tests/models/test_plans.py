@@ -14,18 +14,28 @@ from megalm.parallel.tensor_parallel import STYLES
 from megalm_kernels import LayerNorm, RMSNorm
 
 EXPECTED = {
-    nn.Linear: {"column", "heads", "logits", "row"},
+    nn.Linear: {"column", "heads", "logits", "row", "inside", "part"},
     nn.Embedding: {"vocab"},
-    RMSNorm: {"norm"},
+    nn.Identity: {"leave"},
+    RMSNorm: {"norm", "inside"},
     LayerNorm: {"norm"},
     Dropout: {"sequence"},
 }
+LATENT = {"kv_latent_size": 16, "rope_head_dim": 8}
+VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
+    "gpt": ("gpt", {}),
+    "llama": ("llama", {}),
+    "latent": ("llama", LATENT),
+    "experts": ("llama", {"num_experts": 4, "num_shared_experts": 1, "num_dense_layers": 1}),
+    "latent queries": ("llama", {**LATENT, "q_latent_size": 24}),
+}
 
 
-def styles(architecture: str) -> dict[str, tuple[nn.Module, list[str]]]:
+def styles(variant: str) -> dict[str, tuple[nn.Module, list[str]]]:
     """Module path -> module and the styles of the rows that match it."""
+    architecture, parts = VARIANTS[variant]
     with torch.device("meta"):
-        model = build_model(ModelConfig(architecture, num_layers=2))
+        model = build_model(ModelConfig(architecture, num_layers=2, **parts))  # type: ignore[arg-type]
     plan = PLANS[architecture]
     return {
         path: (module, [style for end, style in plan.items() if path == end or path.endswith("." + end)])
@@ -38,9 +48,9 @@ def test_every_model_has_a_plan_of_known_styles() -> None:
     assert {style for plan in PLANS.values() for style in plan.values()} <= set(STYLES)
 
 
-@pytest.mark.parametrize("architecture", PLANS)
-def test_every_module_with_weights_or_positions_has_its_style(architecture: str) -> None:
-    for path, (module, found) in styles(architecture).items():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_module_with_weights_or_positions_has_its_style(variant: str) -> None:
+    for path, (module, found) in styles(variant).items():
         if type(module) in EXPECTED or isinstance(module, OnSequenceSlice):
             assert len(found) == 1, f"{path}: {found}"
             assert found[0] in EXPECTED.get(type(module), {"sequence"}), path
@@ -52,8 +62,9 @@ def test_every_module_with_weights_or_positions_has_its_style(architecture: str)
 
 @pytest.mark.parametrize("architecture", PLANS)
 def test_every_row_matches_a_module(architecture: str) -> None:
+    paths = {path for variant, (kind, _) in VARIANTS.items() if kind == architecture for path in styles(variant)}
     for end in PLANS[architecture]:
-        assert any(path == end or path.endswith("." + end) for path in styles(architecture)), end
+        assert any(path == end or path.endswith("." + end) for path in paths), end
 
 
 @pytest.mark.parametrize("architecture", PLANS)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from megalm.config.run import RunConfig
-from megalm.parallel import engine, tensor_parallel, zero
+from megalm.data import loader
+from megalm.data.documents import Documents
+from megalm.parallel import engine, ring, tensor_parallel, zero
 from megalm.parallel.collectives import scatter_sum, sum_from_region
 from megalm.parallel.topology import Group, Topology
 from megalm.train import build
@@ -69,3 +73,55 @@ def norm_of_one_stage() -> None:
         return norm
 
     engine.PlainEngine._global_norm = wrong  # type: ignore[method-assign]
+
+
+# --- long samples and experts ------------------------------------------------------------------------------------------
+
+
+def merge_without_lse() -> None:
+    """What the ring finds in each step is added up as it is, without its share of the softmax."""
+
+    def wrong(total: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+        total += part.to(total.dtype)
+        torch.logaddexp(lse, part_lse.to(lse.dtype), out=lse)
+
+    ring.merge_into = wrong  # type: ignore[attr-defined]
+
+
+def tokens_not_in_zigzag_order() -> None:
+    """The loader deals out runs of tokens, and the ring takes them for an early and a late chunk each."""
+    build.local_tokens = lambda method, size, rank, length: torch.arange(length).chunk(size)[rank]
+
+
+def positions_of_the_sample() -> None:
+    """Positions of packed documents count on from the sample's begin."""
+    right = loader.build_documents
+
+    def wrong(starts: Any, seq_length: int, places: np.ndarray | None) -> Documents:
+        documents = right(starts, seq_length, places)
+        return dataclasses.replace(documents, positions=torch.from_numpy(places).expand_as(documents.positions))
+
+    loader.build_documents = wrong  # type: ignore[attr-defined]
+
+
+def router_gradient_not_summed() -> None:
+    """Each tensor rank has some of every expert's features, so a part of the router's gradient, and nobody sums the parts."""
+    right = build.apply_tensor_parallel
+
+    def wrong(model: nn.Module, *rest: Any) -> None:
+        right(model, *rest)
+        for name, parameter in model.named_parameters():
+            if name.endswith("router.weight"):
+                parameter.shard = dataclasses.replace(parameter.shard, partial=False)  # type: ignore[attr-defined]
+
+    build.apply_tensor_parallel = wrong
+
+
+def expert_gradient_over_all_copies() -> None:
+    """Experts that are dealt out are summed over all ranks that share the other weights: over ranks with other experts."""
+    right = build.build_groups
+
+    def wrong(*arguments: Any) -> list[engine.ParameterGroup]:
+        return [dataclasses.replace(group, experts=False) for group in right(*arguments)]
+
+    build.build_groups = wrong

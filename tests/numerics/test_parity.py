@@ -85,6 +85,16 @@ def test_every_legal_layout_equals_one_rank(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_run_of_the_sample_repeats_to_the_bit(tmp_path: Path) -> None:
+    """The deterministic mode: dropout, recomputation and every engine are in it, and both moments of every parameter."""
+    done = run_parity(tmp_path, "sample", *FP32, "parity.repeat=true", "parity.steps=2", "train.recompute=selective")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].endswith("steps, and every run, repeated, equals itself to the bit")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
 def test_runs_that_are_not_the_same_are_told_apart(tmp_path: Path) -> None:
     """A real difference: bf16 cannot keep the tolerances of fp32."""
     done = run_parity(tmp_path, "tp2", *FP32, "train.precision=bf16", "parity.keep=true")
@@ -255,6 +265,48 @@ def test_the_command_prints_a_table_and_cleans_up(run_by_hand, tmp_path: Path, c
     assert lines[2].split()[1:6] == ["2", "equal", "0.0e+00", "0.0e+00", "0.0e+00"]
     assert lines[-1] == "1 layout equal one rank over 3 steps"
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda run: None, ""),
+        (lambda run: flip_a_bit(run[STEPS]["norm.weight"]), r"weight/norm\.weight by \d\.\de-0\d in step-00000003$"),
+        (lambda run: run[0]["layers.2.mlp.up.weight"][0].mul_(-0.0), r"weight/layers\.2\.mlp\.up\.weight by .* in step-00000000"),
+        (lambda run: run["losses"].__setitem__(1, 3.5000000000000004), r"loss at step 2 \(3\.5 and 3\.5000000000000004\)"),
+        (lambda run: run["norms"].__setitem__(0, float("nan")), r"grad_norm at step 1 \(2\.0 and nan\)"),
+    ],
+)
+def test_a_run_that_does_not_repeat_is_a_finding(change: Change, found: str, run_by_hand, monkeypatch, tmp_path: Path) -> None:
+    """Differences that no tolerance would see."""
+    config = run_by_hand(lambda run: None)
+    config.parity.repeat = True
+
+    def start(run: RunConfig, start: Starter) -> None:
+        assert run.train.deterministic
+        write_run(Path(run.train.run_dir), change if run.train.run_dir.endswith("tp2-again") else lambda run: None)
+
+    monkeypatch.setattr(parity, "start_layout", start)
+    if not found:
+        parity_command(config)
+    else:
+        with pytest.raises(RunError, match=r"layout tp2\n +rule: +a second run differs: " + found):
+            parity_command(config)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_repetition_that_fails_is_a_finding(run_by_hand, monkeypatch) -> None:
+    config, written = run_by_hand(lambda run: None), parity.start_layout
+    config.parity.repeat = True
+
+    def start(run: RunConfig, start: Starter) -> None:
+        if run.train.run_dir.endswith("tp2-again"):
+            raise RunError(Problem("rank 1", "killed by SIGKILL", "every worker must run to the end"))
+        written(run, start)
+
+    monkeypatch.setattr(parity, "start_layout", start)
+    with pytest.raises(RunError, match="did not run a second time: run error: rank 1 killed by SIGKILL"):
+        parity_command(config)
 
 
 def test_the_command_exits_with_1_and_names_what_differs(run_by_hand, capsys: pytest.CaptureFixture) -> None:

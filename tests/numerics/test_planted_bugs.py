@@ -20,6 +20,16 @@ PLANTED = {
     "pp2_gpipe": ("norm_of_one_stage", "gradient norm differs", r"comes after the backward: the norm of the gradients"),
 }
 
+# the same with experts, and with documents that do not see each other
+PLANTED_IN_EXPERTS = {
+    "cp2_ring": ("merge_without_lse", "loss differs", r"layers\.0\.attention\.out \(forward\)"),
+    "cp2_ulysses": ("positions_of_the_sample", "loss differs", r"layers\.0\.attention\.out \(forward\)"),
+    "cp2_ring_zero1": ("tokens_not_in_zigzag_order", "loss differs", r"layers\.0\.attention\.out \(forward\)"),
+    "tp2": ("router_gradient_not_summed", "gradient norm differs", r"mlp\.router\.weight \(gradient of the parameter\)"),
+    "dp2_ep2": ("expert_gradient_over_all_copies", "gradient norm differs", r"mlp\.experts\.\w+ \(gradient of the parameter\)"),
+}
+SUITES = {"dense": (("model=tiny_gpt",), PLANTED), "experts": (("model=tiny_moe", "data.document_mask=true"), PLANTED_IN_EXPERTS)}
+
 DRIVER = """
 import sys
 from pathlib import Path
@@ -28,7 +38,7 @@ from megalm.launchers.compose import inspect, parse
 from megalm.parallel.forked import Fork
 from megalm.train.parity import PRELOAD, parity_command
 
-BUGS = dict(pair.split("=") for pair in sys.argv[1:])
+BUGS = dict(pair.split("=") for pair in sys.argv[2].split())
 
 def start(module, arguments, environ, log_file):
     layout = Path(arguments[0]).stem.partition("-step-")[0]
@@ -36,32 +46,37 @@ def start(module, arguments, environ, log_file):
     return Fork(PRELOAD, first)(module, arguments, environ, log_file)
 
 layouts = f"parity.layouts=[{','.join(BUGS)}]"
-config, problems = inspect(parse("parity", ["model=tiny_gpt", "steps=6", layouts]))
+config, problems = inspect(parse("parity", [*sys.argv[1].split(), "steps=6", layouts]))
 assert not problems, problems
 parity_command(config, start=start)
 """
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """{layout: what parity says of it}, of one run with a mistake in every layout."""
+@pytest.fixture(scope="module", params=SUITES)
+def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict[str, str]]:
+    """What is planted, and {layout: what parity says of it}, of one run with a mistake in every layout."""
+    arguments, planted = SUITES[request.param]
     here, folder = Path(__file__).parent, tmp_path_factory.mktemp("planted")
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])}
-    pairs = [f"{layout}={bug}" for layout, (bug, *_) in PLANTED.items()]
+    pairs = " ".join(f"{layout}={bug}" for layout, (bug, *_) in planted.items())
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, *pairs], cwd=folder, env=environ, capture_output=True, text=True, timeout=900, check=False
-    )
+        [sys.executable, "-c", DRIVER, " ".join(arguments), pairs], cwd=folder, env=environ, capture_output=True, text=True,
+        timeout=900, check=False,
+    )  # fmt: skip
     print(done.stdout, done.stderr)
     found = re.findall(r"^\d+\. layout (\w+)\n  rule:    (.*)$", done.stderr.partition("parity error")[2], re.MULTILINE)
-    return dict(found)
+    return planted, dict(found)
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", PLANTED)
-def test_a_planted_bug_is_found_and_named(layout: str, reports: dict[str, str]) -> None:
-    _, said_first, place = PLANTED[layout]
+@pytest.mark.parametrize(
+    ("suite", "layout"), [(name, layout) for name, (_, planted) in SUITES.items() for layout in planted], indirect=["suite"]
+)
+def test_a_planted_bug_is_found_and_named(layout: str, suite: tuple[dict, dict[str, str]]) -> None:
+    planted, reports = suite
+    _, said_first, place = planted[layout]
     report = reports[layout]
     assert report.startswith(said_first), report
     assert re.search(place, report), report

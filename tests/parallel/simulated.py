@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalm.parallel import collectives
-from megalm.parallel.topology import Group, Topology
+from megalm.parallel.topology import Group, Topology, tensor_topology
 
 T = TypeVar("T")
 PATIENCE = 30.0  # seconds until a rank gives up waiting for the others
@@ -106,5 +106,4 @@ def run(size: int, sequence_parallel: bool, function: Callable[[Topology], T]) -
 def _topology(rank: int, size: int, sequence_parallel: bool, meeting: Meeting) -> Topology:
     ranks = tuple(range(size))
     tensor = Group(ranks, rank, meeting)  # type: ignore[arg-type]
-    one = Group((rank,), 0)
-    return Topology(rank, size, torch.device("cpu"), tensor, one, one, tensor, one, sequence_parallel)
+    return tensor_topology(tensor, torch.device("cpu"), sequence_parallel)

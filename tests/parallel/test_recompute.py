@@ -30,7 +30,8 @@ from megalm.testing import run_distributed
 from megalm_kernels import use
 from tests.parallel.tiny import alone, tiny_config, train
 
-MODES = [("full", 1), ("selective", 1), ("full", 2), ("selective", 3)]
+PARTS = ["attention", "mlp", "norms"]
+MODES = [("full", 1), ("selective", 1), ("full", 2), ("modules", 1), ("selective", 3)]
 BATCH, LENGTH = 2, 64
 
 
@@ -80,7 +81,7 @@ def model_of(
     architecture: str, mode: str = "none", every: int = 1, topology: Topology | None = None, **changes: Any
 ) -> nn.Module:
     """Four blocks; in a topology, this rank's slices of them."""
-    dtype, topology = changes.pop("dtype", torch.float32), topology or alone()
+    dtype, topology, parts = changes.pop("dtype", torch.float32), topology or alone(), changes.pop("parts", PARTS)
     shape = {"vocab_size": 50, "hidden_size": 64, "num_layers": 4, "num_heads": 4, "ffn_size": 192, "max_seq_length": LENGTH}
     config = ModelConfig(architecture, init_std=0.1, **(shape | changes))
     with torch.device("meta"):
@@ -89,7 +90,7 @@ def model_of(
     model.to_empty(device="cpu").to(dtype)
     for name, p in model.named_parameters():
         p.data.copy_(initial_value(name, tuple(p.shape), config, 3))
-    apply_recompute(model, mode, every, topology.tensor)
+    apply_recompute(model, mode, every, topology.tensor, parts)
     return model
 
 
@@ -221,6 +222,21 @@ def test_selective_multiplies_no_matrix_twice() -> None:
     assert counts["full"] == counts["none"] + 2 * 4 * 7  # steps x blocks x (q k v, attention, out, gate, up; not down)
 
 
+def test_a_part_alone_runs_again_and_what_it_keeps_is_not_kept() -> None:
+    counts, kept = {}, {}
+    for parts in ([], ["mlp"], ["attention"], ["norms"]):
+        model = model_of("llama", "modules", parts=parts)
+        model.sequence_shape = (BATCH, LENGTH, 64)  # type: ignore[assignment]
+        with Count() as count:
+            run(model, 1)
+        name = "".join(parts)
+        counts[name], kept[name] = count.products, kept_bytes(model, alone().tensor) / (BATCH * LENGTH * 4)
+    blocks = 4
+    assert counts == {"": counts[""], "mlp": counts[""] + 2 * blocks, "attention": counts[""] + 4 * blocks, "norms": counts[""]}
+    assert kept["mlp"] == pytest.approx(kept[""] - 4 * 192, rel=0.02)  # gate, up, silu of gate, their product: torch's swiglu
+    assert kept["norms"] < kept[""] - 2 * 64 and kept["attention"] < kept[""] - 4 * 64
+
+
 class InPlace(nn.Module):
     """A block that changes a matrix product after it is made."""
 
@@ -249,9 +265,9 @@ def _layouts(rank: int, size: int, cases: list[tuple[str, str, str]]) -> list[st
     for layout, architecture, precision in cases:
         values = dataclasses.asdict(with_layout(tiny_config(), layout).parallel)
         results = []
-        for mode, every in [("none", 1), *MODES[:3]]:
+        for mode, every in [("none", 1), *MODES[:4]]:
             config = tiny_config(architecture, layers=4, batch=4, precision=precision, **values)
-            config.train.recompute, config.train.recompute_every = mode, every
+            config.train.recompute, config.train.recompute_every, config.train.recompute_modules = mode, every, PARTS
             trained = train(config, steps=2)
             results.append((trained.losses, trained.norms, trained.weights()))
             same = all(torch.equal(value, results[0][2][name]) for name, value in results[-1][2].items())

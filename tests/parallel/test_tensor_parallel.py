@@ -33,10 +33,13 @@ def config_of(architecture: str, sequence_parallel: bool, tied: bool, odd: bool,
 
 
 def compare(architecture: str, sequence_parallel: bool, tied: bool, odd: bool, size: int) -> dict:
-    """On one rank: differences of the split model from the whole one, and what its parameters say of themselves."""
     config = config_of(architecture, sequence_parallel, tied, odd, size)
+    return compare_models(config, WeightGradients(overlap=True) if odd else None)
+
+
+def compare_models(config: RunConfig, queue: WeightGradients | None) -> dict:
+    """On one rank: differences of the split model from the whole one, and what its parameters say of themselves."""
     topology = build_topology(config.parallel, torch.device("cpu"))
-    queue = WeightGradients(overlap=True) if odd else None
     whole, part = randomise(whole_model(config)), build_stage(config, topology, 0, 1, torch.float32, queue=queue)
     initial = whole_model(config)
     drawn = {n: torch.equal(p, slice_like(p, dict(initial.named_parameters())[n])) for n, p in part.named_parameters()}
@@ -134,7 +137,7 @@ def test_every_matrix_is_split_and_held_once(by_rank, case):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("case", IDS)
-def test_sequence_partial_marks_exactly_what_sees_a_slice(by_rank, case):
+def test_partial_marks_exactly_what_sees_a_slice(by_rank, case):
     """With sequence parallelism every whole parameter's own gradient is a part, which the sum over ranks completes."""
     result = by_rank[0][case]
     whole = set(result["gradients"]) - set(result["split"])

@@ -12,17 +12,17 @@ from megalm.config.parallel import ParallelConfig
 from megalm.parallel.topology import Grid, Group, build_topology
 from megalm.testing import run_distributed
 
-GRIDS = [Grid(*sizes) for sizes in itertools.product((1, 2, 3), repeat=3)]
+GRIDS = [Grid(*sizes) for sizes in ((1, 1, 1, 1), (1, 3, 1, 2), (3, 1, 2, 1), (2, 2, 2, 2), (2, 3, 1, 4), (1, 2, 3, 2))]
 
 
-def test_order_pipeline_then_data_then_tensor():
-    grid = Grid(pipeline=2, data=3, tensor=4)
-    places = list(itertools.product(range(2), range(3), range(4)))
-    assert [grid.rank(*place) for place in places] == list(range(24))
+def test_order_pipeline_then_data_then_context_then_tensor():
+    grid = Grid(pipeline=2, data=3, context=2, tensor=4)
+    places = list(itertools.product(range(2), range(3), range(2), range(4)))
+    assert [grid.rank(*place) for place in places] == list(range(48))
 
 
 def test_groups_of_2_2_2_written_out():
-    grid = Grid(2, 2, 2)
+    grid = Grid(2, 2, 1, 2)
     assert grid.groups("tensor") == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert grid.groups("data") == [(0, 2), (1, 3), (4, 6), (5, 7)]
     assert grid.groups("pipeline") == [(0, 4), (1, 5), (2, 6), (3, 7)]
@@ -31,13 +31,30 @@ def test_groups_of_2_2_2_written_out():
 
 
 def test_embedding_groups_are_first_and_last_stage_only():
-    assert Grid(3, 1, 2).embedding_groups() == [(0, 4), (1, 5)]
-    assert Grid(4, 2, 1).embedding_groups() == [(0, 6), (1, 7)]
-    assert Grid(1, 2, 2).embedding_groups() == [(0,), (1,), (2,), (3,)]  # one stage: nobody to share with
+    assert Grid(3, 1, 1, 2).embedding_groups() == [(0, 4), (1, 5)]
+    assert Grid(4, 2, 1, 1).embedding_groups() == [(0, 6), (1, 7)]
+    assert Grid(2, 1, 2, 1).embedding_groups() == [(0, 2), (1, 3)]
+    assert Grid(1, 2, 1, 2).embedding_groups() == [(0,), (1,), (2,), (3,)]  # one stage: nobody to share with
+
+
+def test_context_lies_between_data_and_tensor_written_out():
+    grid = Grid(1, 2, 2, 2)
+    assert grid.groups("context") == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert grid.groups("data") == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert grid.groups("data", "context") == [(0, 2, 4, 6), (1, 3, 5, 7)]
+
+
+def test_experts_are_dealt_out_to_neighbours_among_the_ranks_with_the_same_weights():
+    grid = Grid(2, 2, 2, 1)
+    assert grid.expert_groups(2) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert grid.expert_data_groups(2) == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert grid.expert_groups(4) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert grid.expert_data_groups(4) == [(rank,) for rank in range(8)]
+    assert grid.expert_data_groups(1) == grid.groups("data", "context")
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("axes", [("tensor",), ("data",), ("pipeline",), ("pipeline", "tensor")], ids="x".join)
+@pytest.mark.parametrize("axes", [("tensor",), ("context",), ("data", "context"), ("data",), ("pipeline",), ("pipeline", "tensor")], ids="x".join)
 def test_groups_of_a_kind_divide_the_world(grid, axes):
     groups = grid.groups(*axes)
     assert sorted(itertools.chain(*groups)) == list(range(grid.world_size))
@@ -50,7 +67,7 @@ def test_groups_of_a_kind_divide_the_world(grid, axes):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_axes_meet_in_one_rank_only(grid):
-    for one, other in itertools.combinations(("tensor", "data", "pipeline"), 2):
+    for one, other in itertools.combinations(("tensor", "context", "data", "pipeline"), 2):
         for a, b in itertools.product(grid.groups(one), grid.groups(other)):
             assert len(set(a) & set(b)) <= 1
 
@@ -65,16 +82,20 @@ def test_ends_of_a_group():
     assert alone.is_first and alone.is_last and alone.size == 1 and alone.handle is None
 
 
+KINDS = ("tensor", "context", "batch", "data", "pipeline", "model", "embedding", "expert", "expert_data")
+
+
 def places(rank: int, world_size: int) -> dict:
-    """For three layouts: the groups of this rank as numbers, and as what their process groups sum and order."""
+    """For some layouts: the groups of this rank as numbers, and as what their process groups sum and order."""
     seen = {}
     for name, config in {
         "tp2_pp2": ParallelConfig(tensor_parallel=2, pipeline_parallel=2),
         "tp2_sp": ParallelConfig(tensor_parallel=2, sequence_parallel=True),
         "sp_without_tp": ParallelConfig(sequence_parallel=True),
+        "cp2_ep2": ParallelConfig(context_parallel=2, expert_parallel=2),
     }.items():
         topology = build_topology(config, torch.device("cpu"))
-        groups = {kind: getattr(topology, kind) for kind in ("tensor", "data", "pipeline", "model", "embedding")}
+        groups = {kind: getattr(topology, kind) for kind in KINDS}
         for kind, group in groups.items():
             assert group.ranks[group.rank] == rank == topology.rank, kind
             assert (group.handle is None) == (group.size == 1), kind
@@ -94,7 +115,11 @@ def test_real_groups_on_four_ranks():
     three = by_rank[3]["tp2_pp2"]
     assert three == {
         "tensor": (2, 3),
+        "context": (3,),
+        "batch": (3,),
         "data": (3,),
+        "expert": (3,),
+        "expert_data": (3,),
         "pipeline": (1, 3),
         "model": (0, 1, 2, 3),
         "embedding": (1, 3),
@@ -105,6 +130,9 @@ def test_real_groups_on_four_ranks():
     assert by_rank[2]["tp2_sp"]["embedding"] == (2,)
     assert all(seen["tp2_sp"]["sequence"] and not seen["sp_without_tp"]["sequence"] for seen in by_rank)
     assert by_rank[1]["sp_without_tp"]["data"] == (0, 1, 2, 3)
+    mixed = by_rank[3]["cp2_ep2"]
+    assert (mixed["context"], mixed["batch"], mixed["data"]) == ((2, 3), (1, 3), (0, 1, 2, 3))
+    assert (mixed["expert"], mixed["expert_data"]) == ((2, 3), (1, 3))
 
 
 def misfit(rank: int, world_size: int) -> str:

@@ -20,8 +20,7 @@ from megalm.parallel.engine import MOMENTS, WEIGHT, Engine, ParameterGroup, Plai
 from megalm.parallel.pipeline import PipelineExecutor, Spec
 from megalm.parallel.schedules import build_schedule
 from megalm.parallel.tensor_parallel import local_slice
-from megalm.parallel.topology import Group, Topology, build_topology
-from megalm.parallel.zero import ZeroEngine
+from megalm.parallel.topology import Group, Topology, build_topology, tensor_topology
 from megalm.train.build import DTYPES, build_engine, build_place, build_queue, build_stage, share_tied
 
 SEQ_LENGTH, VOCAB = 8, 32
@@ -30,8 +29,7 @@ LR = 1e-2
 
 def alone() -> Topology:
     """One rank, no process group."""
-    one = Group((0,), 0)
-    return Topology(0, 1, torch.device("cpu"), one, one, one, one, one)
+    return tensor_topology(Group((0,), 0), torch.device("cpu"))
 
 
 def tiny_config(
@@ -158,6 +156,8 @@ def toy_engine(
     groups = toy_groups(model)
     if parallel.zero == 0:
         return model, PlainEngine(groups, adamw, topology, clip)
+    from megalm.parallel.zero import ZeroEngine  # DeepSpeed takes seconds to load
+
     return model, ZeroEngine(nn.ModuleList([model]), groups, adamw, topology, clip, parallel)
 
 

@@ -19,7 +19,7 @@ from megalm_kernels.benchmarks.report import Ceilings, Row, complete
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTENTION = ["bench-attention-64", "bench-attention-64-causal", "bench-attention-128", "bench-attention-128-causal"]
-BENCHMARKS = ["bench-norms", "bench-adam", "bench-pointwise", "bench-loss", *ATTENTION, "bench-attention-rest"]
+BENCHMARKS = ["bench-norms", "bench-adam", "bench-pointwise", "bench-loss", "bench-experts", *ATTENTION, "bench-attention-rest"]
 TESTS = ["tests-norms", "tests-attention", "tests-attention-features", "tests-rest"]
 STEPS = ["install", *TESTS, "cache", *BENCHMARKS, "parity", "step", "collect"]
 RECORDER = """#!/usr/bin/env bash

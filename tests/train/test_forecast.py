@@ -248,17 +248,15 @@ PEAK = """
 import ctypes, gc, json, torch
 from megalm.config.model import ModelConfig
 from megalm.config.run import RunConfig
-from megalm.parallel.topology import Group, Topology
+from megalm.parallel.topology import Group, tensor_topology
 from megalm.train.build import build_stage
 
 def status(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
 
 def build(model, stage, stages, tensor, dtype):
-    config, one = RunConfig(model=model), Group((0,), 0)
-    group = Group(tuple(range(tensor)), 0)
-    topology = Topology(0, tensor, torch.device("cpu"), group, one, one, one, one)
-    return build_stage(config, topology, stage, stages, dtype)
+    topology = tensor_topology(Group(tuple(range(tensor)), 0), torch.device("cpu"))
+    return build_stage(RunConfig(model=model), topology, stage, stages, dtype)
 
 build(ModelConfig("llama", 64, 64, 1, 4), 0, 1, 1, torch.float32)  # torch's own start is not counted
 model = ModelConfig("llama", 32000, 2048, 24, 16, ffn_size=5632)

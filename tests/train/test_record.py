@@ -153,3 +153,22 @@ def test_the_loss_scale_is_not_in_the_record(recorded) -> None:
     found = compare_records(whole, folder)
     assert Counter(d.kind for d in found)[OUTPUT_GRADIENT] >= 4
     assert max(d.difference for d in found) < 0.05, max(found, key=lambda d: d.difference)
+
+
+@pytest.mark.dist
+def test_latent_attention_over_two_ranks_records_what_one_does(recorded, make, command, tmp_path: Path) -> None:
+    """Latents are whole inside the split region: their values are recorded, the parts of their gradients are not."""
+    sizes = {"kv_latent_size": 12, "q_latent_size": 10, "rope_head_dim": 4, "value_head_dim": 6, "num_kv_heads": 4}
+    model = {f"model.{name}": size for name, size in sizes.items()} | {"optim.warmup_steps": 2}
+    whole, _ = recorded("whole", **model)
+    changes = {"train.steps": 3, "train.record": str(tmp_path / "split"), "train.record_step": 2, "model.dropout": 0.1} | model
+    done = command(make("split", {**changes, "parallel.tensor_parallel": 2}))
+    assert done.returncode == 0, done.stderr
+    found = compare_records(whole, tmp_path / "split")
+    assert max(d.difference for d in found) < 1e-4, max(found, key=lambda d: d.difference)
+    seen = {(d.name, d.kind) for d in found}
+    for name in ("q_down", "q_norm", "kv_down", "kv_norm"):
+        module = f"layers.1.attention.{name}"
+        assert (module, OUTPUT) in seen and (f"{module}.weight", GRADIENT) in seen
+        assert (module, OUTPUT_GRADIENT) not in seen
+    assert ("layers.1.attention.kv_up", OUTPUT_GRADIENT) in seen

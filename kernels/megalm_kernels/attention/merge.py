@@ -34,3 +34,15 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     lse, shares = (largest + safe.log()).masked_fill(nothing, -torch.inf), weights / safe
     merged = sum(share.transpose(-1, -2)[..., None] * out.to(share.dtype) for share, out in zip(shares, outs, strict=True))
     return merged.to(outs[0].dtype).contiguous(), lse
+
+
+def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """Take one more part into out and lse, in place: what is there so far is needed once, however many parts come. No gradient.
+
+    out (..., S, H, D) fp32 or fp64, of which lse (..., H, S) -inf and any finite value are the start; part_out of any dtype.
+    A part's share is 1 / (1 + exp(lse - part_lse)), and the rest what is left of 1: so shares add up to 1 in any number of
+    merges. Exact where one of both saw nothing. Unchecked, like what is inside a kernel.
+    """
+    share = torch.sigmoid(part_lse - lse).nan_to_num_(0.0)  # -inf - -inf: nobody saw anything
+    out.lerp_(part_out.to(out.dtype), share.transpose(-1, -2)[..., None].to(out.dtype))
+    torch.logaddexp(lse, part_lse, out=lse)

@@ -64,7 +64,7 @@ def flash_attention(
     Raises ValueError; also for what the implementation that was chosen does not have, with the one that has it.
     """
     q, k, v = _as_autocast_wants(q, k, v)
-    call = _call(
+    call = make_call(
         q, k, v, causal, window, scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
         origin=tuple(origin), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, deterministic=deterministic,
         return_lse=return_lse,
@@ -84,7 +84,7 @@ def flash_attention_reference(
     **options: Any,
 ) -> Any:
     """The formula, with the whole matrix of scores, in fp32 (fp64 if q is); the arguments are those of `flash_attention`."""
-    call = _call(q, k, v, causal, window, scale, **options)
+    call = make_call(q, k, v, causal, window, scale, **options)
     out, lse = attention_reference(q, k, v, call)
     return (out, lse) if call.return_lse else out
 
@@ -98,7 +98,7 @@ def _as_autocast_wants(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in tensors)
 
 
-def _call(
+def make_call(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: tuple[int, int], scale: float | None, **options: Any
 ) -> Call:
     """Everything checked. A scale of None is 1 / sqrt(D)."""

@@ -26,8 +26,8 @@ from megalm_kernels.launch import capability
 
 _log = logging.getLogger(__name__)
 Result = tuple[Tensor, Tensor | None]  # lse only where it is asked for
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _attention_sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
@@ -50,7 +50,7 @@ def _attention_cudnn(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         raise refuse("attention with cudnn", "the shape of q and k", shapes, wanted) from error
 
 
-def _attention_reference(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
+def attention_by_formula(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
     check_support("reference", q, call)
     return attention_reference(q, k, v, call)
 
@@ -121,7 +121,7 @@ class AttentionWithLse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Any:
-        y, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        y, lse = cpu_flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         ctx.save_for_backward(q, k, v, y, lse, mask)
         ctx.causal, ctx.scale = causal, scale
         ctx.set_materialize_grads(False)
@@ -135,7 +135,7 @@ class AttentionWithLse(torch.autograd.Function):
         if dlse is not None:
             q, k, y = (F.pad(x, (0, 1)) for x in (q, k, y))
             v, dy = F.pad(v, (0, 1), value=1.0), torch.cat((dy, dlse[..., None].to(dy.dtype)), dim=-1)
-        gradients = _flash_backward(dy, q, k, v, y, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
+        gradients = cpu_flash_backward(dy, q, k, v, y, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
         return *(g[..., :channels] for g in gradients), None, None, None
 
 
@@ -178,5 +178,5 @@ def _say_once(name: str, what: str, other: str) -> bool:
 register("attention", "sdpa", _attention_sdpa, by_default=_by_default("sdpa", _attention_sdpa))
 register("attention", "torch", _attention_sdpa)  # what backend=torch means here
 register("attention", "cudnn", _attention_cudnn, _cudnn_obstacle, _by_default("cudnn", _attention_cudnn))
-register("attention", "reference", _attention_reference)
+register("attention", "reference", attention_by_formula)
 prefer("attention", order)

@@ -1,0 +1,121 @@
+"""What one pipeline stage needs on one rank: its model states, and what a microbatch's forward and backward keep and reach."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
+
+from megalm.config.machine import uses_cuda
+from megalm.config.run import RunConfig
+from megalm.config.train import ITEM_BYTES
+from megalm.models.activations import Setting, block_tape, embedding_backward, head_tape
+from megalm.models.plans import PLANS
+from megalm.models.shapes import stage_shapes
+from megalm.models.tape import Profile, Tape
+from megalm.parallel.memory import ModelStates, model_states
+from megalm.parallel.volume_parts import cut
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one microbatch on one stage."""
+
+    kept: float  # from forward to backward
+    waiting: float  # from a backward of inputs to that of weights
+    forward: float  # the most within a forward, beside what was there before it
+    backward: float  # the same of a backward: above what was kept
+
+
+def setting_of(config: RunConfig) -> Setting:
+    """What decides about a microbatch's activations on one rank."""
+    parallel, train = config.parallel, config.train
+    element = ITEM_BYTES[train.precision]
+    length = config.data.seq_length // parallel.context_parallel
+    return Setting(
+        element,
+        tokens=train.micro_batch_size * length,
+        samples=train.micro_batch_size,
+        tensor_parallel=parallel.tensor_parallel,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel > 1,
+        fused=config.kernels.fuse_projections and parallel.zero < 3,
+        triton=frozenset(name for name in config.kernels.operations() if on_triton(config, name)),
+        cuda=uses_cuda(config),
+        scores=config.data.seq_length if config.kernels.attention == "reference" else 0,
+        gradient_bytes=4 if train.accumulate_fp32 else element,
+        experts_here=config.model.num_experts // parallel.expert_parallel,
+    )
+
+
+def on_triton(config: RunConfig, operation: str) -> bool:
+    """Whether an operation will run as a Triton kernel: asked for, or left to a machine that has a GPU."""
+    wish = config.kernels.operations()[operation]
+    wish = config.kernels.backend if wish == "auto" else wish
+    return wish == "triton" or (wish != "torch" and uses_cuda(config))
+
+
+class BlockMemory:
+    """The profiles of a run's blocks, dense or of experts, recomputed or not, each found once."""
+
+    def __init__(self, config: RunConfig):
+        self.config, self.setting = config, setting_of(config)
+        self.tapes = {e: block_tape(config.model, self.setting, e) for e in {config.model.has_experts(i) for i in _all(config)}}
+        self.profiles: dict[tuple[bool, str], Profile] = {}
+
+    def tape(self, layer: int) -> Tape:
+        return self.tapes[self.config.model.has_experts(layer)]
+
+    def profile(self, layer: int) -> Profile:
+        train = self.config.train
+        mode = train.recompute if layer % train.recompute_every == 0 else "none"
+        key = self.config.model.has_experts(layer), mode
+        if key not in self.profiles:
+            self.profiles[key] = self.tape(layer).profile(mode, train.recompute_modules if mode == "modules" else ())
+        return self.profiles[key]
+
+    def stage(self, layers: range, first: bool, last: bool) -> StageMemory:
+        """Forward: each block beside what those before it keep. Backward: the same in reverse."""
+        parts = [(self.profile(i), self.tape(i).waiting()) for i in layers]
+        if last:
+            head = head_tape(self.config.model, self.setting, on_triton(self.config, "cross_entropy"))
+            parts.append((head.profile(), head.waiting()))
+        kept = waiting = forward = 0.0
+        backward = embedding_backward(self.config.model, self.setting) if first else 0.0
+        for profile, _ in parts:
+            forward, backward = max(forward, kept + profile.forward), max(backward, kept + profile.backward)
+            kept += profile.kept
+        waiting = sum(waits for _, waits in parts)
+        return StageMemory(kept, waiting, max(forward, kept), max(backward - kept, 0.0))
+
+
+def _all(config: RunConfig) -> range:
+    return range(config.model.num_layers)
+
+
+def states_of(config: RunConfig, layers: Iterable[range], stages: Iterable[int], num_stages: int) -> ModelStates:
+    """Model states of a rank with these stages; of experts those that are dealt out to it, shared out over fewer copies."""
+    elements = Counter[bool]()
+    for stage, held in zip(stages, layers, strict=True):
+        shapes = stage_shapes(config.model, held, stage == 0, stage == num_stages - 1)
+        if config.model.tie_embeddings and stage == num_stages - 1 > 0 and 0 in stages:
+            del shapes["head.weight"]  # the embedding's, which is here too
+        for part in cut(shapes, PLANS[config.model.architecture], config):
+            elements[part.dealt_out] += part.numel
+    dense = _states(config, elements[False], config.replicas)
+    if not elements[True]:
+        return dense
+    experts = _states(config, elements[True], config.replicas // config.parallel.expert_parallel)
+    return ModelStates(*(a + b for a, b in zip(astuple(dense), astuple(experts), strict=True)))
+
+
+def _states(config: RunConfig, parameters: int, copies: int) -> ModelStates:
+    parallel, train = config.parallel, config.train
+    return model_states(
+        parameters,
+        copies,
+        parallel.zero,
+        train.precision,
+        in_backward=parallel.zero > 0 and parallel.zero_reduce == "microbatch",
+        accumulate_fp32=train.accumulate_fp32,
+        offload=parallel.zero > 0 and parallel.zero_offload != "none",
+    )
