@@ -132,13 +132,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--long", action="store_true", help=f"{LONG} tokens too")
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), help="short names; the first is what others are compared to")
+    parser.add_argument(
+        "--layouts", nargs="+", default=list(LAYOUTS), help="short names; the first is what others are compared to"
+    )
     for name, default in (("layers", 2), ("hidden", 64), ("heads", 4), ("kv-heads", 2), ("window", 0), ("steps", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one layout at one length")
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     options = parser.parse_args()
-    print(f"{'tokens':>8} {'layout':<12} {'tensors':>13} {'ratio':>5} {'resident':>13} {'ratio':>5} {'step':>11} {'ratio':>5} {'sent/layer':>12}")
+    head = (
+        ("tokens", 8),
+        ("layout", -12),
+        ("tensors", 13),
+        ("ratio", 5),
+        ("resident", 13),
+        ("ratio", 5),
+        ("step", 11),
+        ("ratio", 5),
+    )
+    print(*(f"{name:<{-width}}" if width < 0 else f"{name:>{width}}" for name, width in (*head, ("sent/layer", 12))))
     found: list[dict[str, Any]] = []
     for seq_length in [*options.lengths, *([LONG] if options.long else [])]:
         one = None
@@ -148,7 +160,11 @@ def main() -> None:
             print(line(result, one), flush=True)
             found.append({**asdict(result), "load": round(os.getloadavg()[0], 2)})
     if options.json:
-        about = {"machine": describe_machine(), "versions": describe_versions(None), "commit": describe_commit()}
+        about = {
+            "machine": describe_machine(),
+            "versions": describe_versions(None),
+            "commit": describe_commit(Path(__file__).parent),
+        }
         given = {name: value for name, value in vars(options).items() if name != "json"}
         options.json.write_text(json.dumps({**about, "options": given, "rows": found}, indent=1) + "\n")
 

@@ -1,26 +1,32 @@
 """Draw the figures of docs/parallelism.md: `python tools/draw_parallelism.py [-o FOLDER]`; by default docs/images.
 
-Every figure is drawn from the code that runs: the slices that `apply_tensor_parallel` cuts, the formula of model states,
-the schedules themselves. Exit 2 where there is nothing to draw with.
+Every figure is drawn from the code that runs: the slices that `apply_tensor_parallel` cuts, the blocks of a ring, where a
+router sends tokens, the formula of model states, the schedules themselves. Exit 2 where there is nothing to draw with.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megalm.config.model import ModelConfig
 from megalm.errors import ConfigError, MegalmError, Problem
 from megalm.models.count import count_block_activations
+from megalm.models.moe import Way
 from megalm.models.plans import PLANS
 from megalm.models.registry import build_model
+from megalm.models.router import Router
+from megalm.parallel.context_parallel import local_tokens
+from megalm.parallel.expert_parallel import by_expert
 from megalm.parallel.memory import ModelStates, model_states
+from megalm.parallel.ring_blocks import blocks
 from megalm.parallel.schedule_picture import Panel, save_picture
 from megalm.parallel.schedules import build_schedule
 from megalm.parallel.tensor_parallel import Shard, apply_tensor_parallel, shard_of
@@ -82,6 +88,129 @@ def draw_tensor_parallel(plt: Any, path: Path, size: int = 4) -> None:
     plt.close(figure)
 
 
+Blocks = list[tuple[int, int, torch.Tensor]]  # rank, step of the ring, (S, S) bool: what it computes of the scores then
+
+
+def ring_blocks(size: int, seq_length: int) -> dict[str, Blocks]:
+    """What the ranks of a ring compute, in the zig-zag order of the code and in the contiguous one that it does not take."""
+    causal = torch.ones(seq_length, seq_length, dtype=torch.bool).tril()
+    runs, zigzag = ([local_tokens(m, size, rank, seq_length) for rank in range(size)] for m in ("ulysses", "ring"))
+    found: dict[str, Blocks] = {"contiguous": [], "zig-zag": []}
+    for rank, step in itertools.product(range(size), repeat=2):
+        source = (rank - step) % size
+        whole = torch.zeros_like(causal)
+        whole[runs[rank][:, None], runs[source]] = True
+        found["contiguous"].append((rank, step, whole & causal))
+        seen = torch.zeros_like(causal)
+        for block in blocks(size, rank, seq_length):
+            if block.step == step:
+                queries, keys = zigzag[rank][slice(*block.queries)], zigzag[source][slice(*block.keys)]
+                seen[queries[:, None], keys] = causal[queries[:, None], keys] if block.causal else True
+        found["zig-zag"].append((rank, step, seen))
+    return found
+
+
+def draw_zigzag(plt: Any, path: Path, size: int = 4, seq_length: int = 64) -> None:
+    """The matrix of scores, coloured by rank, with the step at which each part is computed; and how long every step takes."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), gridspec_kw={"height_ratios": [3, 1], "hspace": 0.25, "wspace": 0.12})
+    chunk = seq_length // (2 * size)
+    for column, (name, parts) in enumerate(ring_blocks(size, seq_length).items()):
+        matrix, bars = axes[0][column], axes[1][column]
+        for rank, step, seen in parts:
+            colour, width = RANKS[rank % len(RANKS)], 0.8 / size
+            work = int(seen.sum()) / chunk**2
+            bars.bar(step + (rank - (size - 1) / 2) * width, work, 0.9 * width, color=colour)
+            for row, key in itertools.product(range(2 * size), repeat=2):
+                here = seen[row * chunk : (row + 1) * chunk, key * chunk : (key + 1) * chunk]
+                if here.any():
+                    corners = [(key, row), (key, row + 1), (key + 1, row + 1), *([(key + 1, row)] if here.all() else [])]
+                    matrix.add_patch(plt.Polygon(corners, facecolor=colour, alpha=1 - 0.2 * step, edgecolor="white", lw=0.6))
+                    x, y = (0.5, 0.5) if here.all() else (0.33, 0.67)
+                    matrix.text(key + x, row + y, step, ha="center", va="center", fontsize=8, color="white")
+        longest = sum(max(int(seen.sum()) for _, step, seen in parts if step == t) for t in range(size)) / chunk**2
+        matrix.set(xlim=(0, 2 * size), ylim=(2 * size, 0), aspect="equal", xticks=[], yticks=[], xlabel="keys", ylabel="queries")
+        matrix.set_title(f"{name} order\nall steps take as long as {longest:.0f} squares", fontsize=9, color=INK)
+        bars.set(xticks=range(size), ylim=(0, 4.4), yticks=[], xlabel="step of the ring")
+        for axis in (matrix, bars):
+            axis.spines[:].set_visible(False)
+    axes[1][0].set_ylabel("work of each rank")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=RANKS[rank % len(RANKS)]) for rank in range(size)]
+    figure.legend(handles, [f"rank {rank}" for rank in range(size)], loc="lower center", ncol=size, frameon=False, fontsize=9)
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
+class Routed(NamedTuple):
+    """One rank's part of a dispatch."""
+
+    tokens: list[int]  # of each row that leaves, in the order of the experts
+    experts: list[int]  # of the same rows
+    order: list[int]  # where each row that its experts get lies among those that arrive
+    counts: list[list[int]]  # that arrive: (ranks, its experts)
+
+
+def routed_tokens(ranks: int = 2, tokens: int = 6, experts: int = 4) -> list[Routed]:
+    """A router's choice for some random tokens on every rank, and the ways that their rows take."""
+    config = ModelConfig("llama", hidden_size=16, num_experts=experts, experts_per_token=2)
+    generator = torch.Generator().manual_seed(4)
+    router = Router(config)
+    router.weight.data = torch.randn(router.weight.shape, generator=generator)
+    chosen = [router(torch.randn(1, tokens, 16, generator=generator))[0] for _ in range(ranks)]
+    ways = [Way(choice, experts, drops=False) for choice in chosen]
+    counts = torch.stack([way.counts.view(ranks, -1) for way in ways])  # (from, to, experts of each)
+    found = []
+    for rank, (choice, way) in enumerate(zip(chosen, ways, strict=True)):
+        order, _ = by_expert(counts[:, rank], int(counts[:, rank].sum()))
+        leaving = choice.flatten()[way.slots]
+        found.append(Routed(way.tokens.tolist(), leaving.tolist(), order.tolist(), counts[:, rank].tolist()))
+    return found
+
+
+def draw_dispatch(plt: Any, path: Path) -> None:
+    """Tokens, their rows by expert, the rows that arrive, and the same by expert: a line is a row's way, coloured by expert."""
+    routed = routed_tokens()
+    ranks, each = len(routed), len(routed[0].counts[0])
+    figure, axis = plt.subplots(figsize=(9, 5.4))
+    heights = [max(len(part.tokens), len(part.order)) for part in routed]
+    tops = [0, *itertools.accumulate(height + 2 for height in heights)]
+    leaving = [[(rank, row) for row in range(len(part.tokens))] for rank, part in enumerate(routed)]
+    for rank, part in enumerate(routed):
+        count, top = max(part.tokens) + 1, tops[rank]
+        for token in range(count):
+            axis.text(0, top + (token + 0.5) * len(part.tokens) / count, f"t{token}", ha="center", va="center", fontsize=8)
+        axis.text(-0.35, top + heights[rank] / 2, f"rank {rank}", ha="right", va="center", fontsize=10, color=INK)
+        for row, (token, expert) in enumerate(zip(part.tokens, part.experts, strict=True)):
+            start = top + (token + 0.5) * len(part.tokens) / count
+            axis.plot((0.12, 0.9), (start, top + row + 0.5), color=RANKS[expert], lw=1)
+            _row(plt, axis, 1, top + row, expert, f"t{token}")
+        arriving = [
+            place for other, rows in enumerate(leaving) for place in rows if routed[other].experts[place[1]] // each == rank
+        ]
+        for number, (other, row) in enumerate(arriving):
+            expert, token = routed[other].experts[row], routed[other].tokens[row]
+            axis.plot((1.2, 1.9), (tops[other] + row + 0.5, top + number + 0.5), color=RANKS[expert], lw=1)
+            _row(plt, axis, 2, top + number, expert, f"t{token} of {other}")
+            place = part.order.index(number)
+            axis.plot((2.4, 2.9), (top + number + 0.5, top + place + 0.5), color=RANKS[expert], lw=1)
+            _row(plt, axis, 3, top + place, expert, f"t{token} of {other}")
+        for expert in range(each):
+            before, rows = (sum(sum(counts[:end]) for counts in part.counts) for end in (expert, expert + 1))
+            name = f"expert {rank * each + expert}"
+            axis.text(3.55, top + (before + rows) / 2, name, va="center", fontsize=9, color=RANKS[rank * each + expert])
+    for x, title in enumerate(("tokens", "rows by expert", "after the all-to-all", "by expert again")):
+        axis.text(x + 0.15 * (x > 0), -0.9, title, ha="center", fontsize=9, color=INK)
+    axis.set(xlim=(-0.8, 4.1), ylim=(tops[ranks] - 1.5, -1.8))
+    axis.axis("off")
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _row(plt: Any, axis: Any, x: float, y: float, expert: int, text: str) -> None:
+    width = 0.2 if x == 1 else 0.4
+    axis.add_patch(plt.Rectangle((x - 0.05, y + 0.08), width, 0.84, color=RANKS[expert], lw=0))
+    axis.text(x - 0.05 + width / 2, y + 0.52, text, ha="center", va="center", fontsize=7, color="white")
+
+
 def zero_cases(parameters: int, copies: int) -> dict[str, ModelStates]:
     """Model states of the bf16 layouts that the figure compares."""
     cases = {f"zero {zero}": model_states(parameters, copies, zero, "bf16") for zero in range(4)}
@@ -123,8 +252,7 @@ def activation_cases() -> dict[str, dict[str, float]]:
     config = ModelConfig("llama", 128256, 4096, 32, 32, 8, ffn_size=14336, max_seq_length=8192)
     layouts = {"one rank": (1, False), "tp8": (8, False), "tp8_sp": (8, True)}
     return {
-        name: {mode: count_block_activations(config, mode, 2, *split) / 1024 for mode in MODES}
-        for name, split in layouts.items()
+        name: {mode: count_block_activations(config, mode, 2, *split) / 1024 for mode in MODES} for name, split in layouts.items()
     }
 
 
@@ -157,6 +285,8 @@ def states_table(parameters: int, copies: int) -> str:
 
 FIGURES: dict[str, Callable[[Any, Path], None]] = {
     "tensor_parallel.svg": draw_tensor_parallel,
+    "zigzag.svg": draw_zigzag,
+    "dispatch.svg": draw_dispatch,
     "schedules.svg": draw_schedules,
     "zero.svg": draw_zero,
     "activations.svg": draw_activations,

@@ -78,7 +78,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "router_learns",
         ("model.router_normalize", _CHOSEN),
-        f"model.router_normalize with {_CHOSEN}=1 divides a score by itself: the weight is always 1, and the router learns nothing",
+        f"model.router_normalize with {_CHOSEN}=1 divides a score by itself: it is always 1, and the router learns nothing",
         lambda c: not _has_experts(c) or not c.model.router_normalize or c.model.experts_per_token > 1,
         lambda c: [("model.router_normalize", False), (_CHOSEN, 2)],
     ),

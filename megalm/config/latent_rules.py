@@ -15,15 +15,9 @@ def _is_latent(c: RunConfig) -> bool:
     return c.model.kv_latent_size > 0
 
 
-def _rope_fits(c: RunConfig) -> bool:
-    rope = c.model.rope_head_dim
-    return not _is_latent(c) or (rope % 2 == 0 and 0 < rope < c.model.head_dim)
-
-
 def _rope_changes(c: RunConfig) -> list[Change]:
-    """The next even number, or the paper's third of a head; then no latents."""
-    rope, head = c.model.rope_head_dim, c.model.head_dim
-    return [(_ROPE, value) for value in (rope + rope % 2, rope - 1, max(2, head // 3 // 2 * 2)) if value] + [(_KV, 0)]
+    """The paper's third of a head, or a head of twice the width; then no latents."""
+    return [(_ROPE, max(2, c.model.head_dim // 3 // 2 * 2)), (_HEAD, 2 * c.model.rope_head_dim), (_KV, 0)]
 
 
 def _value_is_used(c: RunConfig) -> bool:
@@ -43,10 +37,17 @@ RULES: tuple[Rule, ...] = (
         f"{_KV}: latent attention needs rotary positions, model.architecture=llama",
     ),
     Rule(
+        "latent_rope_even",
+        (_ROPE, _KV),
+        f"with {_KV}, {_ROPE} must be even: RoPE turns pairs of numbers",
+        lambda c: not _is_latent(c) or c.model.rope_head_dim % 2 == 0,
+        lambda c: [(_ROPE, c.model.rope_head_dim + 1), (_ROPE, c.model.rope_head_dim - 1)],
+    ),
+    Rule(
         "latent_rope",
         (_ROPE, _KV, _HEAD),
-        f"with {_KV}, {_ROPE} must be even, more than 0 and less than {_HEAD}: the other channels come from the latent",
-        _rope_fits,
+        f"with {_KV}, {_ROPE} must be more than 0 and less than {_HEAD}: the other channels come from the latent",
+        lambda c: not _is_latent(c) or 0 < c.model.rope_head_dim < c.model.head_dim,
         _rope_changes,
     ),
     Rule(

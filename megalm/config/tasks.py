@@ -12,6 +12,7 @@ from megalm.config.parallel import USUALLY_TWO, ParallelConfig
 BENCHMARKS = (*KERNELS, "attention_packed")
 PEERS = (  # in benchmarks
     "torch", "apex", "torch.compile", "torch fused", "torch foreach", "torch chunked", "foreach", "liger", "deepspeed",
+    "torch grouped_mm",
     "triton unordered", "triton plain", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex", "flash-attn 2", "flash-attn 3",
 )  # fmt: skip
 

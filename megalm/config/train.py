@@ -39,7 +39,7 @@ class TrainConfig:
         allowed=("none", "selective", "full", "modules"),
     )
     recompute_modules: list[str] = knob(
-        ["attention", "mlp"], "recompute=modules: the parts of a block that keep their input alone", allowed=BLOCK_PARTS, empty=False
+        ["attention", "mlp"], "recompute=modules: parts of a block that keep their input alone", allowed=BLOCK_PARTS, empty=False
     )
     recompute_every: int = knob(1, "recompute in every n-th block only", minimum=1)
     offload_activations: str = knob(
@@ -49,7 +49,7 @@ class TrainConfig:
     )
     offload_path: str = knob("", "offload_activations=disk: folder of that file; empty: the run's")
     deterministic: bool = knob(
-        False, "the same run again gives the same bits: torch's deterministic algorithms, no choice by speed, fixed orders of sums"
+        False, "the same run again gives the same bits: torch's deterministic algorithms, fixed orders of sums; slower on a GPU"
     )
     record: str = knob("", "folder for every module's output and gradient of one step, to compare two runs; empty: none")
     record_step: int = knob(1, "the step that `record` records", minimum=1)

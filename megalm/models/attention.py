@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -54,12 +54,11 @@ class CausalAttention:
     scale: float | None = None  # of the scores; None: 1 / sqrt(D)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        options = {"window": (self.window or -1, -1), "scale": self.scale}
+        options: dict[str, Any] = {"window": (self.window or -1, -1), "scale": self.scale}
         if documents is None:
             return flash_attention(q, k, v, **options)
-        borders = {"cu_seqlens_q": documents.cu_seqlens, "cu_seqlens_k": documents.cu_seqlens}
-        packed = flash_attention(*(x.flatten(0, 1) for x in (q, k, v)), **options, **borders)
-        return packed.view_as(q)
+        options |= {"cu_seqlens_q": documents.cu_seqlens, "cu_seqlens_k": documents.cu_seqlens}
+        return flash_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), **options).view_as(q)
 
 
 class Attention(FusesProjections):

@@ -97,8 +97,8 @@ def be_deterministic() -> None:
     """Let this process compute the same bits each time. Call before anything runs on a GPU; the environment's own values stay.
 
     cuBLAS adds up in a fixed order only with a workspace of its own for every stream (its documentation, "Results
-    reproducibility"). NCCL's rings and trees add in the order of the ranks; NVLink SHARP (NVLS) adds in the switch, which
-    promises no order. Attention's kernels repeat in any case, by their own argument, and torch's by this setting.
+    reproducibility"). NCCL's rings and trees add in a fixed order; NVLink SHARP (NVLS) adds in the switch, in an order that
+    changes from call to call (NVIDIA/nccl, issue 1497). Our attention kernels repeat in any case, torch's by this setting.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")

@@ -40,13 +40,13 @@ class ExpertExchange:
         arriving = torch.empty_like(to_ranks)  # (ranks, my experts)
         dist.all_to_all_single(arriving.view(-1), counts, group=self.group.handle)
         sent, received = torch.stack([to_ranks.sum(1), arriving.sum(1)]).tolist()  # sync
-        order, back = _by_expert(arriving, sum(received))
+        order, back = by_expert(arriving, sum(received))
         y = _Exchange.apply(rows, sent, received, self.group)
         y = _Permute.apply(experts(_Permute.apply(y, order, back), arriving.sum(0)), back, order)
         return _Exchange.apply(y, received, sent, self.group)
 
 
-def _by_expert(counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def by_expert(counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Order of rows by expert that lie by rank, then by expert, and the inverse. counts (ranks, experts) -> (rows,) each."""
     ranks, experts = counts.shape
     numbers = torch.arange(experts, device=counts.device).repeat(ranks)

@@ -146,7 +146,7 @@ class Offload:
         address, nbytes = _address(x), x.untyped_storage().nbytes()
         for parameter in self.parameters:
             if address == _address(parameter) and nbytes:
-                return OfParameter(parameter, x.storage_offset() - parameter.storage_offset(), x.size(), x.stride())
+                return OfParameter(parameter, int(x.storage_offset() - parameter.storage_offset()), x.size(), x.stride())
         if nbytes < max(self.smallest, 1) or address in self.shared:
             return x
         key = address, x._version  # the address is this storage's alone: the shelf's things are here until the block ends
@@ -156,7 +156,7 @@ class Offload:
             saved = Saved(x.untyped_storage())
             self.shelf.by_storage[key] = weakref.ref(saved)
             self.shelf.items.append(weakref.ref(saved))
-        return Handle(saved, self.shelf, x.dtype, x.storage_offset(), x.size(), x.stride())
+        return Handle(saved, self.shelf, x.dtype, int(x.storage_offset()), x.size(), x.stride())
 
     def unpack(self, kept: Any) -> Tensor:
         """The tensor that `pack` was given."""

@@ -60,9 +60,10 @@ def _attention(config: RunConfig, forwards: int) -> Iterator[Call]:
 
 
 def _router(config: RunConfig, forwards: int) -> Iterator[Call]:
-    """Loads for the auxiliary loss and choices for the capacity are those of the whole microbatch."""
-    model, ranks = config.model, config.parallel.context_parallel
-    if model.router_aux_loss or model.router_z_loss:
+    """Of the whole microbatch: loads, for the losses and for what is told every `log_every` steps; choices, for the capacity."""
+    model, train, ranks = config.model, config.train, config.parallel.context_parallel
+    told = train.ledger_step > 0 and (train.ledger_step % train.log_every == 0 or train.ledger_step == train.steps)
+    if model.router_aux_loss or model.router_z_loss or told:
         yield Call("context", "all_reduce", forwards, model.num_experts * _COUNT)
     if model.capacity_factor:
         yield Call("context", "all_gather", forwards, local_tokens(config) * ranks * model.experts_per_token * _COUNT)

@@ -108,8 +108,12 @@ class ZeroEngine(Engine):
         assert all(understood.values()), f"DeepSpeed did not take what it was given: {understood}"
 
     def _correct_stage3_norm(self) -> None:
-        """Stage 3 takes the rank within the model for the tensor rank, and does not know tied copies."""
+        """Stage 3 takes the rank within the model for the tensor rank, and does not know tied copies.
+
+        Where it is told of no model parallel group (zero_experts.py) it would count what tensor ranks have copies of on each.
+        """
         self.optimizer.model_parallel_rank = self.topology.tensor.rank
+        self.optimizer._grad_norm_counts_every_rank = lambda parameters, group: False
         original = self.optimizer.get_grad_norm_direct
 
         def norm(gradients: list[Tensor], parameters: list[nn.Parameter], norm_type: int = 2) -> Any:

@@ -54,8 +54,8 @@ class Routing(Hook):
         self.logging.write({"step": trainer.state.step, **record})
         dropped = f"{record['moe_dropped']:.1%} dropped, " if config.model.capacity_factor else ""
         log(
-            f"step {trainer.state.step:>6}  experts get {record['moe_min_load']:.2f} to {record['moe_max_load']:.2f} of their even "
-            f"share (most in layer {record['moe_worst_layer']})  {dropped}router entropy {record['moe_entropy']:.2f} of "
+            f"step {trainer.state.step:>6}  experts get {record['moe_min_load']:.2f} to {record['moe_max_load']:.2f} of their "
+            f"even share (most in layer {record['moe_worst_layer']})  {dropped}router entropy {record['moe_entropy']:.2f} of "
             f"{math.log(config.model.num_experts):.2f} nats"
         )
 

@@ -103,11 +103,9 @@ class Tracing(Hook):
 
 def rings_of(trainer: Trainer) -> dict[str, RingAttention]:
     """This rank's, by the number of their layer."""
-    found = {
-        name.rsplit("layers.")[-1].split(".")[0]: getattr(module, "attend", None)
-        for name, module in trainer.job.chunks.named_modules()
-    }
-    return {name: ring for name, ring in found.items() if isinstance(ring, RingAttention)}
+    attends = {name: getattr(module, "attend", None) for name, module in trainer.job.chunks.named_modules()}
+    rings = {name: ring for name, ring in attends.items() if isinstance(ring, RingAttention)}
+    return {name.rpartition("layers.")[2].partition(".")[0]: ring for name, ring in rings.items()}
 
 
 def _save(trainer: Trainer, rows: Sequence[Row]) -> None:

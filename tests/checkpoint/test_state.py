@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megalm.checkpoint.reshard import read_whole
 from megalm.checkpoint.sharded import LATEST, find_checkpoint, read_manifest
-from megalm.checkpoint.state import RunState, check_same_model, load_checkpoint, save_checkpoint, state_of
+from megalm.checkpoint.state import BUFFER, RunState, check_same_model, load_checkpoint, save_checkpoint, state_of
 from megalm.config.model import ModelConfig
 from megalm.config.parallel import ParallelConfig, parse_layout
 from megalm.config.run import RunConfig
@@ -46,7 +46,9 @@ def build(config: RunConfig) -> Engine:
     """The engine of this rank, with fresh weights."""
     topology, stages = build_topology(config.parallel, torch.device("cpu")), config.parallel.pipeline_parallel
     stage = build_stage(config, topology, topology.pipeline.rank, stages, DTYPES[config.train.precision])
-    return build_engine(config, topology, torch.nn.ModuleList([stage]))
+    engine = build_engine(config, topology, torch.nn.ModuleList([stage]))
+    engine.buffers = dict(stage.named_buffers())
+    return engine
 
 
 def value_of(kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -73,6 +75,8 @@ def fill(engine: Engine, config: RunConfig) -> None:
     engine.prepare_load(STATE.step)
     for name, kind, value in parts(engine, config):
         engine.write(name, kind, value)
+    for name, buffer in engine.buffers.items():
+        buffer.copy_(value_of(BUFFER, name, tuple(buffer.shape)))
     engine.finish_load()
 
 
@@ -94,6 +98,9 @@ def differing_on(rank: int, world_size: int, root: str, config: RunConfig) -> li
         weights = engine.parameters[name].data
         if kind == WEIGHT and weights.shape == value.shape and not torch.equal(weights, value.to(weights.dtype)):
             wrong.append(f"the forward's {name}")
+    for name, buffer in engine.buffers.items():
+        if not torch.equal(buffer, value_of(BUFFER, name, tuple(buffer.shape))):
+            wrong.append(name)
     return wrong
 
 
@@ -111,7 +118,8 @@ def check_pair(writer: RunConfig, reader: RunConfig, ranks: tuple[int, int], roo
     folder = find_checkpoint(root)
     manifest = read_manifest(folder)
     shapes = whole_shapes(writer)
-    assert set(manifest.tensors) == {f"{kind}/{name}" for kind in KINDS for name in shapes}
+    biases = {f"{BUFFER}/{name.replace('weight', 'balance')}" for name in shapes if name.endswith("router.weight")}
+    assert set(manifest.tensors) == {f"{kind}/{name}" for kind in KINDS for name in shapes} | biases
     for name, shape in shapes.items():  # also on no process at all
         for kind in KINDS:
             assert torch.equal(read_whole(folder, manifest, f"{kind}/{name}"), value_of(kind, name, shape))
@@ -123,6 +131,14 @@ def check_pair(writer: RunConfig, reader: RunConfig, ranks: tuple[int, int], roo
 def test_any_layout_loads_any(architecture: str, tied: bool, pair: tuple[str, str], tmp_path: Path) -> None:
     writer, reader = (config_of(layout, architecture, tied) for layout in pair)
     check_pair(writer, reader, (world_size(pair[0]), world_size(pair[1])), tmp_path)
+
+
+@pytest.mark.dist
+def test_experts_and_their_biases_on_other_ranks(tmp_path: Path) -> None:
+    writer, reader = (config_of(layout) for layout in ("dp2_ep2", "pp2"))
+    for config in (writer, reader):
+        config.model = replace(config.model, num_experts=4, expert_ffn_size=12)
+    check_pair(writer, reader, (2, 2), tmp_path)
 
 
 @pytest.mark.dist

@@ -94,7 +94,8 @@ BREAKS: dict[str, dict[str, Any]] = {
     "ring_kernel": {"parallel.context_parallel": 2, "kernels.backend": "torch"},  # on a machine with GPUs
     "attention_window": {"kernels.attention": "cudnn", "model.window": 16},  # on a machine with GPUs
     "latent_llama": {"model.architecture": "gpt", "model.kv_latent_size": 64, "model.rope_head_dim": 8},
-    "latent_rope": {"model.kv_latent_size": 64, "model.rope_head_dim": 7},
+    "latent_rope_even": {"model.kv_latent_size": 64, "model.rope_head_dim": 7},
+    "latent_rope": {"model.kv_latent_size": 64, "model.rope_head_dim": 32},
     "latent_value": {"model.kv_latent_size": 64, "model.rope_head_dim": 8, "model.value_head_dim": 33},
     "latent_kv_heads": {"model.kv_latent_size": 64, "model.rope_head_dim": 8, "model.num_kv_heads": 2},
     "experts_llama": {"model.architecture": "gpt", "model.num_experts": 4},

@@ -21,6 +21,11 @@ def example(dtype: torch.dtype = torch.float64, rows: int = 11) -> tuple[Tensor,
     return x.requires_grad_(), weight.requires_grad_(), torch.tensor(BOUNDS, dtype=torch.int32)
 
 
+def operator(x: Tensor, weight: Tensor, starts: Tensor) -> Tensor:
+    """What Triton's implementation calls: on a CPU its plain body."""
+    return grouped_linear_op(x, weight, starts, False)
+
+
 def results(function: Callable[..., Tensor], x: Tensor, weight: Tensor) -> list[Tensor]:
     """The output and both gradients; that of the output has numbers in padding rows, too."""
     y = function(x, weight)
@@ -39,7 +44,7 @@ def test_every_row_meets_the_matrix_of_its_group() -> None:
     x, weight, starts = example()
     want = results(by_rows, x, weight)
     assert want[2][1].count_nonzero() == 0 and want[0][9:].count_nonzero() == 0 and want[1][9:].count_nonzero() == 0
-    for function in (grouped_linear, grouped_linear_reference, lambda *args: grouped_linear_op(*args, False)):
+    for function in (grouped_linear, grouped_linear_reference, operator):
         got = results(lambda x, weight, f=function: f(x, weight, starts), x, weight)
         torch.testing.assert_close(got, want)
 
@@ -68,17 +73,17 @@ def test_gradients() -> None:
     torch.autograd.gradcheck(lambda x, weight: grouped_linear(x, weight, starts), (x, weight))
     for transposed in (False, True):
         a = x if not transposed else torch.randn(11, 16, dtype=torch.float64, requires_grad=True)
-        operator = lambda a, weight, t=transposed: grouped_linear_op(a, weight, starts, t)  # noqa: E731
-        torch.autograd.gradcheck(operator, (a, weight))
+        either = lambda a, weight, t=transposed: grouped_linear_op(a, weight, starts, t)  # noqa: E731
+        torch.autograd.gradcheck(either, (a, weight))
     x, weight, _ = example(torch.bfloat16)
-    frozen = grouped_linear(x, weight.detach(), starts)
-    assert torch.equal(torch.autograd.grad(frozen.sum(), x)[0], torch.autograd.grad(grouped_linear(x, weight, starts).sum(), x)[0])
+    frozen, trained = (torch.autograd.grad(grouped_linear(x, w, starts).sum(), x)[0] for w in (weight.detach(), weight))
+    assert torch.equal(frozen, trained)
 
 
 def test_the_gradient_is_added_up_in_the_dtype_that_the_parameter_asks_for() -> None:
     x, weight, starts = example(torch.bfloat16)
     weight.grad_dtype = torch.float32
-    for function in (grouped_linear, lambda *args: _grouped_triton(*args, None)):
+    for function in (grouped_linear, operator):
         weight.grad = None
         for _ in range(2):
             function(x, weight, starts).sum().backward()
@@ -88,10 +93,15 @@ def test_the_gradient_is_added_up_in_the_dtype_that_the_parameter_asks_for() -> 
 
 
 def test_only_x_and_weight_are_kept_and_nothing_is_copied() -> None:
-    x, weight, starts = example()
+    _, weight, starts = example()
     wide = torch.randn(11, 3 * 8, dtype=torch.float64)[:, 8:16].requires_grad_()
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), dispatch.use("torch"):
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), dispatch.use("torch"):
         grouped_linear(wide, weight, starts)
     assert [t.data_ptr() for t in kept] == [wide.data_ptr(), weight.data_ptr()]
 
@@ -118,13 +128,15 @@ def test_operators_satisfy_torch() -> None:
 def test_compiles_into_one_graph() -> None:
     x, weight, starts = example(torch.float32)
     want = results(lambda x, weight: grouped_linear(x * 2.0, weight, starts).square(), x, weight)
-    for function in (lambda *args: _grouped_triton(*args, None), grouped_linear):
-        run = torch.compile(lambda x, weight, f=function: f(x * 2.0, weight, starts).square(), fullgraph=True, backend="aot_eager")
+    for function in (operator, grouped_linear):
+        plain = lambda x, weight, f=function: f(x * 2.0, weight, starts).square()  # noqa: E731
+        run = torch.compile(plain, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(results(run, x, weight), want)
 
 
 def test_refuses() -> None:
     x, weight, starts = (t.detach() for t in example(torch.float32))
+    far = x.to("meta"), weight.to("meta"), starts.to("meta")
 
     def at(*bounds: int) -> Tensor:
         return torch.tensor(bounds, dtype=torch.int32)
@@ -140,12 +152,12 @@ def test_refuses() -> None:
         "dtype of starts is torch.int64": lambda: grouped_linear(x, weight, starts.long()),
         "device of weight is meta": lambda: grouped_linear(x, weight.to("meta"), starts),
         "device of starts is meta": lambda: grouped_linear(x, weight, starts.to("meta")),
-        "starts is of type list": lambda: grouped_linear(x, weight, BOUNDS),
+        "starts is of type list": lambda: grouped_linear(x, weight, BOUNDS),  # type: ignore[arg-type]
         r"starts is \[0, 3, 2, 8, 9\], wanted 0 first": lambda: grouped_linear(x, weight, at(0, 3, 2, 8, 9)),
         r"starts is \[1, 3, 3, 8, 9\]": lambda: grouped_linear(x, weight, at(1, 3, 3, 8, 9)),
         r"starts is .* none above 11": lambda: grouped_linear(x, weight, at(0, 3, 3, 8, 12)),
         r"starts_host is \[0, 9\], wanted \[0, 3, 3, 8, 9\]": lambda: grouped_linear(x, weight, starts, [0, 9]),
-        r"starts_host is \[0, 1\], wanted 5 numbers": lambda: grouped_linear(*(t.to("meta") for t in (x, weight, starts)), [0, 1]),
+        r"starts_host is \[0, 1\], wanted 5 numbers": lambda: grouped_linear(*far, [0, 1]),
         r"with Triton: .* x is torch.float64.*kernels.grouped_linear=torch or use\(": (
             lambda: _grouped_triton(x.double(), weight.double(), starts, None)
         ),

@@ -12,7 +12,16 @@ from torch import Tensor
 
 import megalm.conf
 from megalm.config.model import ModelConfig
-from megalm_kernels.device import activations, attention_backward, attention_forward, cross_entropy, fused_adam, norms, rotary
+from megalm_kernels.device import (
+    activations,
+    attention_backward,
+    attention_forward,
+    cross_entropy,
+    fused_adam,
+    grouped_linear,
+    norms,
+    rotary,
+)
 from megalm_kernels.launch import Launch, capture
 from megalm_kernels.specimens import collect, identity
 
@@ -39,6 +48,8 @@ def launch_training(config: ModelConfig, ranks: int, dtype: torch.dtype) -> None
         gate = meta(tokens, config.ffn_size // ranks, dtype=dtype)
         activations.gated(gate, gate, False)
         activations.gated_backward(gate, gate, gate, False)
+    if config.num_experts:
+        launch_experts(config, ranks, dtype)
     launch_attention(config, ranks, dtype)
     columns = -(-config.vocab_size // ranks)
     logits, labels = meta(tokens, columns, dtype=dtype), meta(tokens, dtype=torch.int64)
@@ -49,6 +60,21 @@ def launch_training(config: ModelConfig, ranks: int, dtype: torch.dtype) -> None
     cross_entropy.gradient(logits, labels, largest, total, total, 0, config.vocab_size, 0.0, 0.0, -100, 0.0)
     flat = meta(4096, dtype=torch.float32)
     fused_adam.fused_adam(flat, flat, flat, flat, None, None, None, None, None, None, 7, 1e-4, 0.9, 0.95, 1e-8, 0.1, None)
+
+
+def launch_experts(config: ModelConfig, ranks: int, dtype: torch.dtype) -> None:
+    """Whose width is cut over tensor parallel ranks, and who are dealt out over expert parallel ones; many tokens and few."""
+    width = config.expert_ffn_size // ranks
+    for experts in (config.num_experts, max(1, config.num_experts // ranks)):
+        starts = meta(experts + 1, dtype=torch.int32)
+        for rows in (SAMPLES * LENGTH, 256 * experts):
+            outside, inside = meta(rows, config.hidden_size, dtype=dtype), meta(rows, width, dtype=dtype)
+            up = meta(experts, width, config.hidden_size, dtype=dtype)
+            down = meta(experts, config.hidden_size, width, dtype=dtype)
+            for x, y, weight in ((outside, inside, up), (inside, outside, down)):
+                grouped_linear.products(x, weight, starts, False)
+                grouped_linear.products(y, weight, starts, True)
+                grouped_linear.weight_products(y, x, starts)
 
 
 def launch_attention(config: ModelConfig, ranks: int, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megalm.config.layouts import layout_node
 from megalm.config.run import ROOTS
 from megalm.launchers.cli import VERBS
 from megalm.launchers.compose import inspect, parse
+from megalm.models.shapes import stage_shapes
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = [path.relative_to(CONF).with_suffix("") for path in sorted(CONF.glob("*/*.yaml"))]
@@ -48,6 +50,21 @@ def test_layout_files_say_what_their_names_say(path: Path) -> None:
 
 def test_tiny_is_the_dataclass() -> None:
     assert compose("pretrain") == compose("pretrain", "model=tiny", "parallel=single")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "used"),
+    [("mixtral_8x7b", 46.7, 12.9), ("deepseek_v2_lite", 15.7, 2.4), ("deepseek_v3", 671.0, 36.6)],
+)
+def test_published_sizes_with_experts(name: str, billions: float, used: float) -> None:
+    """All weights, and those that a token is multiplied with; the papers count the embedding among those or do not."""
+    m = compose("pretrain", f"model={name}").model
+    shapes = stage_shapes(m, range(m.num_layers))
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    active = sum(sizes.values()) - experts * (1 - m.experts_per_token / m.num_experts)
+    assert sum(sizes.values()) / 1e9 == pytest.approx(billions, rel=0.002)
+    assert active / 1e9 == pytest.approx(used, rel=0.002) or (active - sizes["embedding.weight"]) / 1e9 == pytest.approx(used, rel=0.03)
 
 
 @pytest.mark.parametrize(

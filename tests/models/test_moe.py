@@ -20,7 +20,7 @@ SETTINGS: dict[str, dict] = {
     "one": {"experts_per_token": 1, "router_normalize": False},
     "all": {"experts_per_token": 5},
     "deepseek": {
-        "router_score": "sigmoid", "router_scale": 2.5, "experts_per_token": 3, "num_shared_experts": 2, "router_balance_rate": 0.1
+        "router_score": "sigmoid", "router_scale": 2.5, "experts_per_token": 3, "num_shared_experts": 2
     },
     "plain": {"router_normalize": False, "num_shared_experts": 1},
     "capacity": {"capacity_factor": 0.75},

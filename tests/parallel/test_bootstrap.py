@@ -202,3 +202,20 @@ def test_each_rank_finds_its_gpu(local_rank, gpus, launcher, index, monkeypatch)
             bootstrap._find_gpu(place)
     else:
         assert bootstrap._find_gpu(place) == torch.device("cuda", index)
+
+
+def test_the_deterministic_mode_leaves_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        bootstrap.be_deterministic()
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["NCCL_NVLS_ENABLE"]) == (":16:8", "0")
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        bootstrap.be_deterministic()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE"):
+            os.environ.pop(name, None)

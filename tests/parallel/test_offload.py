@@ -1,4 +1,4 @@
-"""Activations that wait on a disk: the same bits, two blocks' worth here at any time, fetched one block ahead, and no file left."""
+"""Activations that wait on a disk: the same bits, two blocks' worth here at a time, fetched one block ahead, no file left."""
 
 from __future__ import annotations
 

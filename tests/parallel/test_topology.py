@@ -13,6 +13,7 @@ from megalm.parallel.topology import Grid, Group, build_topology
 from megalm.testing import run_distributed
 
 GRIDS = [Grid(*sizes) for sizes in ((1, 1, 1, 1), (1, 3, 1, 2), (3, 1, 2, 1), (2, 2, 2, 2), (2, 3, 1, 4), (1, 2, 3, 2))]
+AXES = [("tensor",), ("context",), ("data", "context"), ("data",), ("pipeline",), ("pipeline", "tensor")]
 
 
 def test_order_pipeline_then_data_then_context_then_tensor():
@@ -54,7 +55,7 @@ def test_experts_are_dealt_out_to_neighbours_among_the_ranks_with_the_same_weigh
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("axes", [("tensor",), ("context",), ("data", "context"), ("data",), ("pipeline",), ("pipeline", "tensor")], ids="x".join)
+@pytest.mark.parametrize("axes", AXES, ids="x".join)
 def test_groups_of_a_kind_divide_the_world(grid, axes):
     groups = grid.groups(*axes)
     assert sorted(itertools.chain(*groups)) == list(range(grid.world_size))

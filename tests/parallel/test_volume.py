@@ -25,21 +25,21 @@ HIDDEN = B * S * E * 2  # bytes in bf16
 BLOCK = 4 * E * E + 3 * E * 128  # elements of the matrices of a llama block
 
 
-def run_config(layout: str, **train) -> RunConfig:
+def run_config(layout: str, model: dict | None = None, **train) -> RunConfig:
     values, copies = parse_layout(layout)
     parallel = ParallelConfig(**values)  # type: ignore[arg-type]
     settings = {"micro_batch_size": B, "global_batch_size": B * M * copies, "precision": "bf16"} | train
     return RunConfig(
-        model=ModelConfig("llama", V, E, L, num_heads=4, ffn_size=128),
+        model=ModelConfig("llama", V, E, L, num_heads=4, ffn_size=128, **(model or {})),
         parallel=parallel,
         data=DataConfig(seq_length=S),
         train=TrainConfig(**settings),
-        cluster=ClusterConfig(num_processes=parallel.model_parallel * copies),
+        cluster=ClusterConfig(num_processes=parallel.ranks_per_sample * copies),
     )
 
 
-def volume_of(layout: str, rank: int = 0, **train) -> Volume:
-    config = run_config(layout, **train)
+def volume_of(layout: str, rank: int = 0, model: dict | None = None, **train) -> Volume:
+    config = run_config(layout, model, **train)
     p = config.parallel
     schedule = build_schedule(p.schedule, p.pipeline_parallel, config.num_microbatches, p.chunks)
     return forecast_volume(config, schedule, rank)
@@ -87,6 +87,53 @@ def test_pipeline(layout: str, boundaries: int) -> None:
 
 def test_sequence_parallel_stages_hand_on_slices() -> None:
     assert volume_of("tp2_sp_pp2")["pipeline", "send"] == Count(M, M * HIDDEN // 2)
+
+
+@pytest.mark.parametrize(("layout", "hops", "sums"), [("cp2_ring", 2, 2), ("cp4_ring", 6, 4), ("tp2_cp2_ring", 2, 2)])
+def test_a_ring(layout: str, hops: int, sums: int) -> None:
+    """Per layer and microbatch keys and values n - 1 times each way, the sums of their gradients n times, in fp32."""
+    volume, ranks = volume_of(layout), 4 if layout != "cp2_ring" else 2
+    both = 2 * HIDDEN // ranks  # this rank's tokens and heads
+    expected = Count(M * L * (hops + sums), M * L * (hops + 2 * sums) * both)
+    assert volume["context", "send"] == volume["context", "recv"] == expected
+    again = volume_of(layout, recompute="full")["context", "send"]
+    assert again.calls - volume["context", "send"].calls == M * L * hops // 2, "the forward's"
+
+
+def test_what_ranks_of_a_sample_have_less_of() -> None:
+    """Activations on the wire are those of a rank's tokens; weights are copies, whether ranks share samples or not."""
+    half, whole = volume_of("tp2_pp2_cp2_ring"), volume_of("tp2_pp2")
+    assert 2 * half["pipeline", "send"].bytes == whole["pipeline", "send"].bytes
+    assert 2 * half["tensor", "all_reduce"].bytes == whole["tensor", "all_reduce"].bytes
+    assert volume_of("cp2_ring_zero1")["data", "all_gather"] == volume_of("dp2_zero1")["data", "all_gather"]
+
+
+@pytest.mark.parametrize(("kv_heads", "exchanged"), [(4, 4), (2, 2), (1, 2)])
+def test_heads_change_places_with_tokens(kv_heads: int, exchanged: int) -> None:
+    """q, k and v in one call, the result in another, each way; a key/value head of two ranks goes to both."""
+    found = volume_of("cp2_ulysses", model={"num_kv_heads": kv_heads})["context", "all_to_all"]
+    assert found == Count(4 * M * L, 2 * M * L * (4 + 2 * exchanged + 4) * HIDDEN // 2 // 4)
+
+
+def test_experts() -> None:
+    """Counts, rows there, rows back, in the backward the rows again; three of four blocks. Their copies are fewer."""
+    experts = {"num_experts": 8, "experts_per_token": 3, "expert_ffn_size": 40, "num_dense_layers": 1}
+    volume, matrices = volume_of("dp4_ep2", model=experts), 3 * 8 * 3 * 40 * E
+    assert volume["expert", "all_to_all"] == Count(3 * M * 5, 3 * M * (8 * 8 + 4 * 3 * HIDDEN), exact=False)
+    assert volume["expert_data", "all_reduce"] == Count(1, 4 * matrices // 2)
+    assert volume["expert", "all_reduce"] == Count(1, 8), "the norm"
+    whole = volume_of("dp4", model=experts)
+    assert whole["data", "all_reduce"].bytes - volume["data", "all_reduce"].bytes == 4 * matrices
+    assert ("expert_data", "all_gather") in volume_of("dp4_ep2_zero1", model=experts)
+    dropping = volume_of("dp4_ep2", model=experts | {"capacity_factor": 0.5})
+    assert dropping["expert", "all_to_all"].bytes - 3 * M * 64 == (volume["expert", "all_to_all"].bytes - 3 * M * 64) // 2
+
+
+def test_a_microbatch_that_ranks_share_is_routed_as_a_whole() -> None:
+    experts = {"num_experts": 8, "router_aux_loss": 0.1, "capacity_factor": 2.0}
+    volume = volume_of("cp2_ring", model=experts)
+    assert volume["context", "all_reduce"] == Count(M * L, M * L * 8 * 8), "loads"
+    assert volume["context", "all_gather"] == Count(M * L, M * L * B * S * 2 * 8), "choices"
 
 
 def test_copies() -> None:

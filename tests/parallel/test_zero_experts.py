@@ -44,7 +44,8 @@ KINDS = {
 }
 # Two ranks have no other with the same experts, four have one each: every kind is seen on either.
 TWO = [("zero1", "fp32"), ("zero1", "bf16"), ("zero3", "bf16"), ("zero1_cpu", "fp32"), ("zero3_cpu", "bf16")]
-FOUR = [("zero1", "bf16"), ("zero2", "fp32"), ("zero2_microbatch", "bf16"), ("zero3_microbatch", "fp32"), ("zero2_cpu", "bf16")]
+FOUR = [("zero1", "bf16"), ("zero2_microbatch", "fp32"), ("zero3", "bf16")]
+FOUR_MORE = [("zero1", "fp32"), ("zero2", "bf16"), ("zero3_microbatch", "fp32"), ("zero2_cpu", "bf16"), ("zero3_cpu", "fp32")]
 SKIPS = [("zero1", "experts.matrix"), ("zero1", "first.weight"), ("zero3", "experts.matrix"), ("zero2_cpu", "first.weight")]
 
 
@@ -161,13 +162,11 @@ def skipping(parallel: ParallelConfig, topology: Topology, where: str) -> dict:
     return {"seen": seen, "kept": kept, "state": state_of(engine)}
 
 
-def look(rank: int, world_size: int) -> dict:
+def look_at_two(rank: int, world_size: int) -> dict:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed refuses fp16 on a CPU
     topology = build_topology(ParallelConfig(expert_parallel=2), torch.device("cpu"))
-    if world_size == 4:
-        return {run: compare(KINDS[run[0]], DTYPES[run[1]], topology, CLIP) for run in FOUR}
     seen: dict = {run: compare(KINDS[run[0]], DTYPES[run[1]], topology, CLIP) for run in TWO}
     seen["alone"] = plain_and_alone(topology)
     seen["no clip"] = compare(KINDS["zero1"], torch.bfloat16, topology, 0.0)
@@ -175,9 +174,14 @@ def look(rank: int, world_size: int) -> dict:
     return seen | {("skip", *run): skipping(KINDS[run[0]], topology, run[1]) for run in SKIPS}
 
 
+def look_at_four(rank: int, world_size: int, runs: list[tuple[str, str]]) -> dict:
+    topology = build_topology(ParallelConfig(expert_parallel=2), torch.device("cpu"))
+    return {run: compare(KINDS[run[0]], DTYPES[run[1]], topology, CLIP) for run in runs}
+
+
 @pytest.fixture(scope="module")
 def two() -> list[dict]:
-    return run_distributed(look, 2)
+    return run_distributed(look_at_two, 2)
 
 
 def assert_equal(found: dict) -> None:
@@ -202,9 +206,10 @@ def test_two_ranks_with_half_of_the_experts_each(two: list[dict], run: Any) -> N
 
 
 @pytest.mark.dist
-def test_four_ranks_of_which_two_have_the_same_experts() -> None:
-    for seen in run_distributed(look, 4, timeout_seconds=300):
-        for run in FOUR:
+@pytest.mark.parametrize("runs", [FOUR, pytest.param(FOUR_MORE, marks=pytest.mark.slow)], ids=["few", "more"])
+def test_four_ranks_of_which_two_have_the_same_experts(runs: list[tuple[str, str]]) -> None:
+    for seen in run_distributed(look_at_four, 4, runs, timeout_seconds=300):
+        for run in runs:
             assert_equal(seen[run])
 
 
@@ -213,7 +218,7 @@ def test_four_ranks_of_which_two_have_the_same_experts() -> None:
 def test_both_parts_skip_together(two: list[dict], run: tuple[str, str]) -> None:
     """Whichever has the gradient that is not finite."""
     for rank in two:
-        seen, plain = rank["skip", *run], rank["plain"]
+        seen, plain = rank[("skip", *run)], rank["plain"]
         assert [told[1:] for told in seen["seen"]] == [told[1:] for told in plain["seen"]]
         assert [told[1] for told in seen["seen"]] == [False, True, False, False, False]
         assert [told[0] for told in seen["seen"]] == pytest.approx([told[0] for told in plain["seen"]], rel=5e-7)
@@ -223,23 +228,26 @@ def test_both_parts_skip_together(two: list[dict], run: tuple[str, str]) -> None
 # --- the model ----------------------------------------------------------------------------------------------------------
 
 # Of two layers the first is dense: with two pipeline stages it is a stage without experts.
-LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    2: {
-        "dp2_zero3": dict(zero=3),
+LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "two ranks": (2, {
         "dp2_zero3_microbatch": dict(zero=3, zero_reduce="microbatch"),
         "dp2_ep2_zero3": dict(zero=3, expert_parallel=2),
+    }),
+    "two ranks, more": (2, {
+        "dp2_zero3": dict(zero=3),
         "dp2_ep2_zero2": dict(zero=2, expert_parallel=2, zero_reduce="microbatch"),
-    },
-    4: {
+    }),
+    "four ranks": (4, {
         "pp2_dp2_ep2_zero1": dict(zero=1, expert_parallel=2, pipeline_parallel=2, tied=True),
         "pp2_dp2_ep2_zero1_bf16": dict(zero=1, expert_parallel=2, pipeline_parallel=2, precision="bf16"),
         "pp2_dp2_ep2_zero3": dict(zero=3, expert_parallel=2, pipeline_parallel=2),
         "pp2_dp2_ep2_zero2_cpu": dict(zero=2, expert_parallel=2, pipeline_parallel=2, zero_offload="cpu"),
         "tp2_sp_dp2_ep2_zero1_bf16": dict(zero=1, expert_parallel=2, tensor_parallel=2, sequence_parallel=True, precision="bf16"),
         "tp2_dp2_ep2_zero3": dict(zero=3, expert_parallel=2, tensor_parallel=2),
+        "tp2_dp2_ep2_zero3_cpu": dict(zero=3, expert_parallel=2, tensor_parallel=2, zero_offload="cpu"),
         "dp4_ep2_zero3": dict(zero=3, expert_parallel=2),
-    },
-}
+    }),
+}  # fmt: skip
 
 
 def with_experts(**settings: Any) -> RunConfig:
@@ -248,10 +256,10 @@ def with_experts(**settings: Any) -> RunConfig:
     return replace(config, model=replace(config.model, **experts))
 
 
-def run_layouts(rank: int, world_size: int) -> dict[str, tuple[float, float, float]]:
+def run_layouts(rank: int, world_size: int, which: str) -> dict[str, tuple[float, float, float]]:
     """Norm and weights against one rank (fp32), or against the plain engine on the same layout, and the smallest norm."""
     found = {}
-    for name, settings in LAYOUTS[world_size].items():
+    for name, settings in LAYOUTS[which][1].items():
         config = with_experts(**settings)
         trained = train(config)
         if config.train.precision == "fp32":
@@ -266,9 +274,11 @@ def run_layouts(rank: int, world_size: int) -> dict[str, tuple[float, float, flo
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_model(size: int) -> None:
-    for seen in run_distributed(run_layouts, size, timeout_seconds=300):
+@pytest.mark.parametrize(
+    "which", [which if which == "two ranks" else pytest.param(which, marks=pytest.mark.slow) for which in LAYOUTS]
+)
+def test_the_model(which: str) -> None:
+    for seen in run_distributed(run_layouts, LAYOUTS[which][0], which, timeout_seconds=300):
         for layout, (norm, weights, smallest) in seen.items():
             assert smallest > CLIP, "the clipping must bite"
             assert norm < 1e-6 and weights < 2e-6, layout

@@ -377,6 +377,48 @@ def test_zero3_counts_a_tied_copy_and_the_other_stages_do_not(seen):
         assert [found[stage] for stage in (1, 2, 3)] == pytest.approx([once] * 3, rel=1e-6)
 
 
+@probe
+def counted(topology: Topology) -> list[float]:
+    """Two tensor ranks with copies of the whole Toy, and DeepSpeed told of no model parallel group."""
+    ranks = build_topology(ParallelConfig(tensor_parallel=2), torch.device("cpu"))
+    alone = dataclasses.replace(ranks, model=Group((topology.rank,), 0))
+
+    class RankOnly(Uncorrected):
+        def _correct_stage3_norm(self) -> None:
+            self.optimizer.model_parallel_rank = self.topology.tensor.rank
+
+    return [norm_of(build(alone, 3, kind=kind)) for kind in (RankOnly, ZeroEngine)]
+
+
+def test_zero3_counts_on_every_rank_where_it_knows_of_no_model_parallel_group(seen):
+    """ZeroEngine._correct_stage3_norm: tensor ranks would count what all of them have."""
+    (_, first), last = seen("counted")
+    assert first == pytest.approx(true_norm(), rel=1e-6)
+    assert last == pytest.approx([true_norm(), 0.0], rel=1e-6)
+
+
+@probe
+def reduced_over(topology: Topology) -> list[float]:
+    """One rank's gradient of 1 and the other's of 2, averaged by an engine of both, when one of a single rank was made since."""
+    from deepspeed.utils import groups
+
+    engine = initialize(topology, 1, BF16)
+    apart = dataclasses.replace(topology, data=Group((topology.rank,), 0))
+    initialize(apart, 1, BF16)
+    found = []
+    for mpu in (groups.mpu, engine.mpu):
+        groups.mpu = mpu
+        gradient = engine.optimizer.fp32_groups_gradients_flat[0].fill_(topology.data.rank + 1)
+        engine.allreduce_gradients()
+        found.append(gradient[0].item())
+    return found
+
+
+def test_the_bf16_optimizer_reduces_over_the_ranks_of_the_engine_that_was_made_last(seen):
+    """FlatGradients: groups.mpu."""
+    assert seen("reduced_over") == [[1.0, 1.5], [2.0, 1.5]]
+
+
 def state_is_linked(engine: ZeroEngine, name: str) -> bool:
     from deepspeed.utils import safe_get_full_optimizer_state
 

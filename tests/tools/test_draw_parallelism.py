@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "draw_parallelism.py"
 
@@ -43,3 +45,23 @@ def test_the_table_has_the_figures_numbers() -> None:
     table = runpy.run_path(str(SCRIPT))["states_table"](7_000_000_000, 8)
     assert "| zero 0 | 14.0 | 28.0 | 28.0 | 56.0 | 0.0 | 126.0 |" in table
     assert table in (ROOT / "docs" / "parallelism.md").read_text()
+
+
+def test_a_ring_computes_every_score_once_and_all_ranks_have_the_same_work_in_every_step() -> None:
+    size, length = 4, 32
+    for name, parts in runpy.run_path(str(SCRIPT))["ring_blocks"](size, length).items():
+        total = sum(seen.long() for _, _, seen in parts)
+        assert (total == torch.ones(length, length).tril()).all(), name
+        work = {(rank, step): int(seen.sum()) for rank, step, seen in parts}
+        is_balanced = all(len({work[rank, step] for rank in range(size)}) == 1 for step in range(size))
+        assert is_balanced == (name == "zig-zag")
+
+
+def test_rows_leave_and_arrive_in_the_order_of_the_experts() -> None:
+    routed = runpy.run_path(str(SCRIPT))["routed_tokens"]()
+    for rank, part in enumerate(routed):
+        assert part.experts == sorted(part.experts) and len(part.tokens) == 2 * 6
+        arriving = [expert for other in routed for expert in other.experts if expert // 2 == rank]
+        ordered = [arriving[place] for place in part.order]
+        assert ordered == sorted(arriving) != arriving, "nothing would be shown"
+        assert sum(map(sum, part.counts)) == len(arriving)

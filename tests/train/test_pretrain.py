@@ -208,3 +208,13 @@ def test_a_file_system_without_locks_is_said(
     monkeypatch.setattr(module.fcntl, "flock", refuse)
     module.lock_folder(tmp_path).close()
     assert "is not locked (No locks available)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_deterministic_mode_begins_before_the_device_is_touched(wanted: bool, make, monkeypatch) -> None:
+    order: list[str] = []
+    start = module.start_process_group
+    monkeypatch.setattr(module, "be_deterministic", lambda: order.append("deterministic"))
+    monkeypatch.setattr(module, "start_process_group", lambda *given: (order.append("start"), start(*given))[1])
+    pretrain(make("run", {"train.steps": 1, "train.deterministic": wanted}))
+    assert order == ["deterministic"] * wanted + ["start"]

@@ -32,6 +32,32 @@ def test_a_run_writes_its_trace(make, command, tmp_path):
     assert "step 2 as measured: bubble" in (tmp_path / "traces/t.svg").read_text()
 
 
+@pytest.mark.dist
+def test_a_ring_is_in_the_trace(make, command, tmp_path):
+    """Of 2 ranks, 4 microbatches and 2 layers: whose keys were used when, within which action, and one exchange per round."""
+    config = make(changes={"parallel.context_parallel": 2, "cluster.num_processes": 2, "train.steps": 2, "optim.warmup_steps": 1})
+    run = command(config, "trace=t.json", "trace_step=2")
+    assert run.returncode == 0, run.stdout + run.stderr
+    events = [event for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    for rank in range(2):
+        mine = [event for event in events if event["tid"] == rank]
+        actions = [event for event in mine if event["cat"] in ("forward", "backward")]
+        used = sorted((event for event in mine if event["name"].startswith("keys")), key=lambda event: event["ts"])
+        assert [event["name"] for event in used] == [f"keys of rank {rank}", f"keys of rank {1 - rank}"] * 16
+        assert len(actions) == 8 and all(any(covers(action, event) for action in actions) for event in used)
+        exchanges = sorted((event for event in events if event["tid"] == 2 + rank), key=lambda event: event["ts"])
+        assert [exchange["ts"] for exchange in exchanges] == [event["ts"] for event in used[::2]]
+        for exchange, before, after in zip(exchanges, used[::2], used[1::2], strict=True):
+            assert covers(exchange, before) and after["ts"] + 1 >= exchange["ts"] + exchange["dur"]
+    picture = (tmp_path / "t.svg").read_text()
+    assert "0, cp 1" in picture and "layer 1, backward: keys of rank 0" in picture and "waiting for it" in picture
+
+
+def covers(outer, inner):
+    """Whether one event lies in another, but for a microsecond."""
+    return outer["ts"] <= inner["ts"] + 1 and inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"] + 1
+
+
 def test_one_rank_and_a_step_that_is_past(make, tmp_path, capsys):
     config = make(changes={"train.steps": 2, "train.trace": str(tmp_path / "t.json"), "train.trace_step": 2})
     pretrain(config)

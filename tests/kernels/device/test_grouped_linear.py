@@ -98,7 +98,8 @@ def far(device: torch.device) -> None:
     stride, rows, size = 2**30, 5, 48
     generator = torch.Generator().manual_seed(0)
     x, dy = (
-        far_memory.zeros((rows - 1) * stride + size, torch.bfloat16, device).as_strided((rows, size), (stride, 1)) for _ in range(2)
+        far_memory.zeros((rows - 1) * stride + size, torch.bfloat16, device).as_strided((rows, size), (stride, 1))
+        for _ in range(2)
     )
     weight = far_memory.zeros(2 * stride + size**2, torch.bfloat16, device).as_strided((3, size, size), (stride, size, 1))
     for t in (x, dy, weight):
