@@ -28,6 +28,8 @@ class Setting:
     scores: int = 0  # kernels.attention=reference: of how many keys attention keeps the scores
     gradient_bytes: int = 4  # of an element of an accumulated weight gradient
     experts_here: int = 0  # of a MoE block; 0: all
+    context: str = ""  # how attention sees the tokens of context parallel ranks: ring or ulysses; empty: there are none
+    context_parallel: int = 1
 
     @property
     def slices(self) -> int:
@@ -103,10 +105,10 @@ class _Part:
         """What a layer that reads x keeps: of a view what it is a view of."""
         return x.removesuffix(".entered")
 
-    def linear(self, name: str, x: str, inputs: float, outputs: float) -> str:
+    def linear(self, name: str, x: str, inputs: float, outputs: float, holds: str = "") -> str:
         """A layer from so many features to so many, on this rank."""
         back = self.s.weights(inputs * outputs)
-        return self.tape.add(name, self.size(outputs), x, self.memory_of(x), back=back, costly=True, waits=True)
+        return self.tape.add(name, self.size(outputs), x, self.memory_of(x), back=back, costly=True, waits=True, holds=holds)
 
     def linears(self, parts: dict[str, float], x: str, inputs: float, apart: bool = False) -> None:
         """Layers of one input: {name: features}. apart: each result is kept for itself, also if one product makes all."""
@@ -164,15 +166,23 @@ def _attention(part: _Part, x: str) -> str:
     names = ("q", "k")
     if part.llama:
         names = (part.rotary("q.turned", "q", q), part.rotary("k.turned", "k", kv))
-    seen = _attend(part, *names, "v", q)
-    return part.linear("attended", seen, q, c.hidden_size)
+    seen = _attend(part, *names, "v", q, kv)
+    return part.linear("attended", seen, q, c.hidden_size, "q k v")
 
 
-def _attend(part: _Part, q: str, k: str, v: str, features: float) -> str:
+def _attend(part: _Part, q: str, k: str, v: str, features: float, kv: float) -> str:
     """Attention keeps no scores but the logarithms of their sums, in fp32; its reference keeps everything, in fp32."""
     c, s, tape = part.c, part.s, part.tape
     heads = c.num_heads / s.tensor_parallel
     logarithms = tape.keep("logarithms", part.size(heads, 4))
+    if s.context == "ulysses":
+        return _all_to_all_attention(part, f"{q} {k} {v}", features, kv, logarithms)
+    if s.context == "ring":  # keys and values of two ranks; in the backward also sums of their gradients, in fp32
+        wide = part.size(features, 4) if s.element_bytes < 4 else 0.0
+        work = part.size(features + 4 * kv) + wide
+        back = part.size(features + 4 * kv) + part.size(4 * kv, 4) + wide - (0.0 if wide else part.size(2 * kv))
+        keeps = f"{q} {k} {v} seen {logarithms}"
+        return tape.add("seen", part.size(features), f"{q} {k} {v}", keeps, work=work, back=back)
     if not s.scores:
         return tape.add("seen", part.size(features), f"{q} {k} {v}", f"{q} {k} {v} seen {logarithms}", costly=True)
     wide, scores = part.size(heads * c.head_dim, 4), part.size(heads * s.scores, 4)
@@ -182,6 +192,20 @@ def _attend(part: _Part, q: str, k: str, v: str, features: float) -> str:
     tape.add("shares", scores, "scores", f"scores {logarithms}", work=scores, back=scores)
     tape.add("summed", wide, "shares v.wide", "shares v.wide", costly=True)
     return tape.add("seen", part.size(features), "summed")
+
+
+def _all_to_all_attention(part: _Part, reads: str, features: float, kv: float, logarithms: str) -> str:
+    """Two exchanges, each with copies before and behind it, and between them attention with some of the heads."""
+    tape, one = part.tape, part.c.head_dim
+    all_kv = kv * max(1, part.s.context_parallel * one / kv)  # ranks that share a head have copies of it
+    whole = part.size(features + 2 * all_kv)
+    for name in ("packed", "packed.sent", "packed.received", "packed.whole"):
+        reads = tape.add(name, whole, reads)
+    keeps = f"packed.whole seen.whole {logarithms}"
+    seen = tape.add("seen.whole", part.size(features), "packed.whole", keeps, back=whole, costly=True)
+    for name in ("seen.sent", "seen.received", "seen"):
+        seen = tape.add(name, part.size(features), seen)
+    return seen
 
 
 def _latent_attention(part: _Part, x: str) -> str:
@@ -197,7 +221,7 @@ def _latent_attention(part: _Part, x: str) -> str:
     part.linear("kv", latent, c.kv_latent_size, plain + value)
     tape.add("k", part.size(q), "kv")
     tape.add("v", part.size(q), "kv")
-    seen = _attend(part, part.rotary("q.turned", "q", q), "k", "v", q)
+    seen = _attend(part, part.rotary("q.turned", "q", q), "k", "v", q, q)
     return part.linear("attended", tape.add("values", part.size(value), seen), value, E)
 
 
@@ -235,40 +259,73 @@ def _experts(part: _Part, x: str) -> str:
     scores = tape.add("scores", part.size(c.num_experts, 4), logits, logits, work=part.size(c.num_experts, 8))
     way = tape.keep("way", part.size(3 * c.experts_per_token, 8))  # row of each slot, slot and token of each row
     weights = tape.add("weights", part.size(c.experts_per_token, 4), scores, f"{scores} {way}")
-    tape.add("rows", part.size(rows * E), x, way)
+    arrived = tape.add("rows", part.size(rows * E), x, way)
+    if here < c.num_experts:
+        for arrived in ("rows.arrived", "rows.sorted"):
+            tape.add(arrived, part.size(rows * E), tape.operators[-1].makes[0])
     product = s.weights(here * inner * E)
     for name in ("expert.gate", "expert.up"):
-        tape.add(name, part.size(rows * inner), "rows", "rows", back=product)
+        tape.add(name, part.size(rows * inner), arrived, arrived, back=product)
     mixed = _swiglu(part, "expert.gate", "expert.up", part.size(rows * inner))
-    tape.add("expert.down", part.size(rows * E), mixed, mixed, back=product)
-    keeps = f"expert.down {weights} {way}"
-    made = tape.add("mixed", part.whole, f"expert.down {weights}", keeps, back=part.size(2 * rows * E))
+    made = tape.add("expert.down", part.size(rows * E), mixed, mixed, back=product)
+    if here < c.num_experts:
+        for name in ("made.sorted", "made.returned"):
+            made = tape.add(name, part.size(rows * E), made, holds="rows rows.arrived")
+    made = tape.add("mixed", part.whole, f"{made} {weights}", f"{made} {weights} {way}", back=part.size(2 * rows * E))
     if c.num_shared_experts:
         shared = _mlp(part, x, c.num_shared_experts * inner, "shared.")
         made = tape.add("mixed.all", part.whole, f"{made} {shared}", passes=True)
     return made
 
 
-def head_tape(config: ModelConfig, setting: Setting, triton: bool) -> Tape:
-    """Last norm, head and loss. triton: the loss runs on our kernel, which writes the gradient over the logits."""
+def head_tape(config: ModelConfig, setting: Setting, loss: str = "torch") -> Tape:
+    """Last norm, head and loss.
+
+    loss: torch; triton: our kernel, which writes the gradient over the logits; fused: logits exist for some tokens at a time, and
+    are made again in the backward; fused_kept: the gradients are made in the forward instead, and kept.
+    """
     part = _Part(config, setting)
     entered = part.normed("normed", "x")
     columns = -(-config.vocab_size // setting.tensor_parallel)
+    if loss.startswith("fused"):
+        _fused_loss(part, entered, columns, loss == "fused_kept")
+        return part.tape
     part.linear("logits", entered, config.hidden_size, columns)
     wide, tape = part.size(columns, 4), part.tape
-    if triton:
-        tape.add("loss", 0, "logits", "logits", passes=True, gradient=part.size(columns))
-        return tape
     low = setting.element_bytes < 4
-    if setting.tensor_parallel > 1:  # the gradient is written over the exponentials
-        tape.add("logits.wide", wide, "logits", gradient=part.size(columns) if low else 0.0, passes=not low)
-        tape.add("loss", 0, "logits.wide", "logits.wide", gradient=0.0)
-        tape.gradients["logits.wide"] = 0.0
-        return tape
-    last = tape.add("logits.wide", wide, "logits") if low else "logits"
-    tape.add("shares", wide, last, "shares")
-    tape.add("loss", 0, "shares")
+    if loss == "triton":
+        tape.add("loss", 0, "logits", "logits", passes=True, gradient=part.size(columns))
+    elif setting.tensor_parallel > 1:  # the gradient is written over the exponentials
+        tape.add("exponentials", wide, "logits", gradient=0.0 if low else wide, passes=not low)
+        tape.add("loss", 0, "exponentials", "exponentials" if low else "", gradient=0.0)
+        if not low:
+            tape.operators[-2] = tape.operators[-2]._replace(keeps=("exponentials",))
+    else:
+        last = tape.add("logits.wide", wide, "logits") if low else "logits"
+        tape.add("shares", wide, last, "shares")
+        tape.add("loss", 0, "shares")
     return tape
+
+
+def _fused_loss(part: _Part, x: str, columns: int, kept: bool) -> None:
+    c, s, tape = part.c, part.s, part.tape
+    product = 4.0 * columns * c.hidden_size  # the weight's gradient is added up in fp32
+    logits = min(chunk_of(s.tokens, c.hidden_size, columns), s.tokens) * columns
+    again = 0 if "cross_entropy" in s.triton else 4
+    work, back = logits * (s.element_bytes + again), logits * (s.element_bytes + (again if s.element_bytes < 4 else 0)) + product
+    statistics = tape.keep("loss.statistics", part.size(2, 4))
+    if kept:
+        gradients = f"{tape.keep('loss.dx', part.whole)} {tape.keep('loss.dweight', product)}"
+        tape.add("loss", 0, x, gradients, work=work, back=s.weights(columns * c.hidden_size))
+    else:
+        tape.add("loss", 0, x, f"{part.memory_of(x)} {statistics}", work=work, back=back)
+
+
+def chunk_of(tokens: int, size: int, vocab_size: int) -> int:
+    """Tokens whose logits exist at once in megalm_kernels.linear_cross_entropy: `default_chunk` there."""
+    most = max(2048, tokens * size // max(vocab_size, 1))
+    chunks = max(1, -(-tokens // most))
+    return max(16, -(-tokens // (16 * chunks)) * 16)
 
 
 def embedding_backward(config: ModelConfig, setting: Setting) -> float:

@@ -109,4 +109,4 @@ def count_head_activations(
     The loss keeps fp32 probabilities over the vocabulary; with `triton` (kernels.cross_entropy) the logits as they are.
     """
     setting = Setting(element_bytes, 1, 1, tensor_parallel, sequence_parallel, cuda=True)
-    return head_tape(config, setting, triton).profile().kept
+    return head_tape(config, setting, "triton" if triton else "torch").profile().kept

@@ -18,6 +18,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+SMALLEST_OFFLOADED = 1 << 20  # bytes: parallel/offload.py
+
 
 class Operator(NamedTuple):
     """Sizes are in bytes."""
@@ -30,6 +32,7 @@ class Operator(NamedTuple):
     passes: bool  # its backward hands the gradient on as it is, in the same memory
     costly: bool  # selective recomputation keeps the result: products, attention, collectives
     part: str  # of the block, as recompute=modules names it
+    holds: tuple[str, ...]  # what a variable holds until then, though nobody reads it any more
     waits: bool  # its weight's gradient may be computed later: it needs what is kept and the gradients of what was made
 
 
@@ -38,6 +41,7 @@ class Profile:
     """Of a part of a model, for one microbatch. Its input counts as its own, its output as the next part's."""
 
     kept: float  # from forward to backward
+    small: float  # of it, in tensors too small to be offloaded
     forward: float  # most at once in the forward, its input with it
     backward: float  # most at once in the backward: what was kept and the gradients of output and input with it
 
@@ -62,6 +66,7 @@ class Tape:
         passes: bool = False,
         costly: bool = False,
         waits: bool = False,
+        holds: str = "",
         gradient: float | None = None,
     ) -> str:
         """One operator; names are separated by spaces. Returns `makes`.
@@ -69,7 +74,7 @@ class Tape:
         Several results have sizes of their own: see `split`. gradient: its size, where it is not that of the result (a view).
         """
         self.sizes[makes], self.gradients[makes] = size, size if gradient is None else gradient
-        operator = Operator((makes,), tuple(reads.split()), tuple(keeps.split()), work, back, passes, costly, self.part, waits)
+        operator = Operator((makes,), tuple(reads.split()), tuple(keeps.split()), work, back, passes, costly, self.part, tuple(holds.split()), waits)
         self.operators.append(operator)
         return makes
 
@@ -77,7 +82,7 @@ class Tape:
         """A product whose result lies in one piece, of which the last part, that stays, holds all: {name: size}."""
         self.gradients |= parts
         self.sizes |= dict.fromkeys(parts, 0.0) | {list(parts)[-1]: sum(parts.values())}
-        self.operators.append(Operator(tuple(parts), tuple(reads.split()), tuple(keeps.split()), 0.0, back, False, True, self.part, True))
+        self.operators.append(Operator(tuple(parts), tuple(reads.split()), tuple(keeps.split()), 0.0, back, False, True, self.part, (), True))
 
     def keep(self, name: str, size: float) -> str:
         """A tensor that an operator makes for its backward alone; name it in `keeps`."""
@@ -101,8 +106,9 @@ class Tape:
             made = {name for operator in inside for name in operator.makes}
             kept |= {self._memory(name) for operator in inside for name in operator.reads if name not in made}
         forward = self._forward(kept)
-        most = max(self._backward(kept), self._repeated() if recompute in ("full", "selective") else 0.0)
-        return Profile(sum(self.sizes[name] for name in kept), forward, most)
+        most = max(self._backward(kept, recompute == "modules"), self._repeated() if recompute in ("full", "selective") else 0.0)
+        sizes = [self.sizes[name] for name in kept]
+        return Profile(sum(sizes), sum(size for size in sizes if size < SMALLEST_OFFLOADED), forward, most)
 
     def _repeated(self) -> float:
         """A block's second forward, beside the gradient of its output."""
@@ -133,7 +139,7 @@ class Tape:
         return made & read - plain
 
     def _forward(self, kept: set[str]) -> float:
-        last = {name: i for i, operator in enumerate(self.operators) for name in (*operator.reads, *operator.keeps)}
+        last = {name: i for i, o in enumerate(self.operators) for name in (*o.reads, *o.keeps, *o.holds)}
         level = most = self.sizes["x"]
         made = {"x"}
         for i, operator in enumerate(self.operators):
@@ -144,8 +150,8 @@ class Tape:
             level -= sum(self.sizes[name] for name in made if last.get(name) == i and name not in kept)
         return most
 
-    def _backward(self, kept: set[str]) -> float:
-        """What was not kept is made again when the backward comes to the part of the block that it is of."""
+    def _backward(self, kept: set[str], by_part: bool) -> float:
+        """What was not kept is made again when the backward comes to it: all at once, or of the operator's part of the block."""
         users = Counter(name for operator in self.operators for name in set(operator.keeps))
         here = set(kept)  # what no operator keeps, but recomputation, stays
         gradients = _Gradients(self.gradients)
@@ -156,8 +162,8 @@ class Tape:
         for i, operator in reversed(list(enumerate(self.operators))):
             given = [gradients.take(name) for name in operator.makes]
             if not here.issuperset(operator.keeps):
-                part = self.operators[: i + 1] if not operator.part else [o for o in self.operators if o.part == operator.part]
-                new = {name for o in part for name in o.keeps} - here
+                again = [o for o in self.operators[: i + 1] if not by_part or o.part == operator.part]
+                new = {name for o in again for name in o.keeps} - here
                 here |= new
                 level += sum(self.sizes[name] for name in new)
             made = [(name, given[0] if operator.passes else gradients.make(name)) for name in operator.reads]

@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_BACKEND = {"cpu": DispatchKey.CPU, "cuda": DispatchKey.CUDA}
 BEFORE = "from before"  # in place of an operator: what was there when the meter started
 
 
@@ -53,7 +55,7 @@ class Alive:
 
 
 class MemoryMeter(TorchDispatchMode):
-    """`with MemoryMeter(device) as meter: ...`, then `meter.peak`; `meter.alive()` says what it consists of.
+    """`meter.start()`, a step, `meter.stop()`; then `meter.peak` is known, and `meter.alive()` says what it consists of.
 
     Storages that exist already are found through Python's garbage collector, so views that C++ alone holds are found when an
     operator first uses them.
@@ -63,25 +65,30 @@ class MemoryMeter(TorchDispatchMode):
         super().__init__()
         self.device_type = (device or torch.device("cpu")).type
         self.made: list[Made] = []
+        self._events_before = 0
         self._events: list[int] = []  # i + 1: made[i] came; -(i + 1): it went
         self._known: dict[int, Any] = {}  # address of a live storage -> weak reference, which tells of its end
 
-    def __enter__(self) -> MemoryMeter:
+    def start(self) -> None:
+        """From here on; first what is there is looked for."""
         for tensor in _tensors():
             self._see(tensor, BEFORE)
         self._events_before = len(self._events)
-        super().__enter__()
-        return self
+        self.__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+    def stop(self) -> None:
+        self.__exit__(None, None, None)
         self._known.clear()  # no reference, no callback: what goes from here on is nobody's business
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         for x in args:  # made where no mode looks: by another thread, or before
             if isinstance(x, Tensor):
                 self._see(x, BEFORE)
-        result = func(*args, **(kwargs or {}))
+        if func.namespace == "megalm":  # our own operators are made of torch's, which are seen one by one
+            with self:
+                result = func._op_dk(_BACKEND[self.device_type], *args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 self._see(x, func.overloadpacket.__name__)

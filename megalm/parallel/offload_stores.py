@@ -138,7 +138,7 @@ def _write(handle: int, data: Tensor | _InHost, place: int) -> None:
     if isinstance(data, _InHost):
         data.settle()
         data = data.host
-    rest = memoryview(data.numpy())
+    rest = data.numpy().data
     while rest:
         done = os.pwrite(handle, rest, place)  # may be a part only: 2 GiB at the most
         rest, place = rest[done:], place + done
@@ -146,7 +146,7 @@ def _write(handle: int, data: Tensor | _InHost, place: int) -> None:
 
 def _read(handle: int, size: int, place: int, pinned: bool) -> Tensor:
     data = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-    rest = memoryview(data.numpy())
+    rest = data.numpy().data
     while rest:
         done = os.preadv(handle, [rest], place)
         if done == 0:

@@ -17,6 +17,7 @@ layer sum: the sum is kept.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -32,13 +33,15 @@ from torch.utils.checkpoint import checkpoint
 from megalm.parallel.offload import Offload
 from megalm.parallel.topology import Group
 from megalm_kernels.attention.operators import attention_forward_op
+from megalm_kernels.grouped_linear import grouped_linear_op
 
-_PRODUCTS = (
-    "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+_ATTENTIONS = (
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "bmm", "baddbmm",
 )  # fmt: skip
-_KERNELS = (attention_forward_op._opoverload,)
-PRODUCTS = frozenset((*(getattr(torch.ops.aten, name).default for name in _PRODUCTS), *_KERNELS))
+# Once per document, per part of a ring: how often differs from one microbatch to the next, and all are read again.
+ATTENTIONS = frozenset((*(getattr(torch.ops.aten, name).default for name in _ATTENTIONS), attention_forward_op._opoverload))
+PRODUCTS = ATTENTIONS | {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, grouped_linear_op._opoverload}
 _COPIES = frozenset((torch.ops.aten.clone.default, torch.ops.aten.stack.default, torch.ops.aten.cat.default))
 
 
@@ -67,20 +70,24 @@ def apply_recompute(
                 module.forward = partial(again, context_fn=_Selection(group, offload)) if mode == "selective" else again
 
 
+_Name = tuple[Any, int]
+"""A result: the n-th of an operation in a block's forward."""
+
+
 class _Selection:
     """One block's choice of results: which of those that cost time are read again."""
 
     def __init__(self, group: Group, offload: Offload | None) -> None:
         self.group, self.offload = group, offload
-        self.read: list[bool] | None = None  # by order of calls; None before the first backward
+        self.read: dict[_Name, bool] | None = None  # None before the first backward
 
     def __call__(self) -> tuple[TorchDispatchMode, TorchDispatchMode]:
         """The modes of one forward and of its repetition."""
         results: list[Any] = []
         return _Keep(self, results), _Give(self, results)
 
-    def wants(self, index: int) -> bool:
-        return self.read is None or (index < len(self.read) and self.read[index])
+    def wants(self, name: _Name) -> bool:
+        return self.read is None or name[0] in ATTENTIONS or self.read.get(name, False)
 
     def keep(self, wanted: bool, x: Any) -> Any:
         """What to keep of x. Of an unwanted tensor: what makes one like it, which marks every number computed from it."""
@@ -105,12 +112,14 @@ class _Keep(TorchDispatchMode):
         super().__init__()
         self.selection, self.results = selection, results
         self.products: set[int] = set()  # where those that are kept lie
+        self.calls = Counter[Any]()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
         collective = self.selection.is_collective(operation, args)
         if collective or operation in PRODUCTS:
-            wanted = self.selection.wants(len(self.results))
+            wanted = self.selection.wants((operation, self.calls[operation]))
+            self.calls[operation] += 1
             kept = args[0] if collective else result
             self.results.append(tree_map(partial(self.selection.keep, wanted), kept))
             if wanted and not collective:
@@ -124,6 +133,7 @@ class _Give(TorchDispatchMode):
     def __init__(self, selection: _Selection, results: list[Any]):
         super().__init__()
         self.selection, self.results, self.next = selection, results, 0
+        self.calls = Counter[Any]()
         self.watch = _Watch() if selection.read is None else None
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -141,7 +151,8 @@ class _Give(TorchDispatchMode):
                 target.copy_(value)
             result = args[0], _finished_work()
         if self.watch is not None:
-            self.watch.see_kept(result, () if collective else args)
+            self.watch.see_kept((operation, self.calls[operation]), result, () if collective else args)
+        self.calls[operation] += 1
         return result
 
     def __exit__(self, *error: Any) -> Any:
@@ -154,16 +165,16 @@ class _Watch:
     """Sees one repetition of a block's forward: which kept results are read by anything but a collective, which replaces them."""
 
     def __init__(self) -> None:
-        self.read: list[bool] = []
-        self._sources: dict[int, int] = {}  # storage -> the result that it is, or is a copy of
+        self.read: dict[_Name, bool] = {}
+        self._sources: dict[int, _Name] = {}  # storage -> the result that it is, or is a copy of
         self._alive: list[Tensor] = []  # or a later tensor could have the same address
 
-    def see_kept(self, result: Any, args: Any) -> None:
-        """The next kept result, and what it was computed from."""
+    def see_kept(self, name: _Name, result: Any, args: Any) -> None:
+        """A kept result, and what it was computed from."""
         self._mark(args)
-        self.read.append(False)
+        self.read[name] = False
         for x in tree_leaves(result):
-            self._follow(x, len(self.read) - 1)
+            self._follow(x, name)
 
     def see(self, operation: Any, args: Any, result: Any) -> None:
         """Anything else. Views and copies are the result still."""
@@ -180,7 +191,7 @@ class _Watch:
             if _address(x) in self._sources:
                 self.read[self._sources[_address(x)]] = True
 
-    def _follow(self, x: Any, source: int) -> None:
+    def _follow(self, x: Any, source: _Name) -> None:
         if address := _address(x):
             self._sources[address] = source
             self._alive.append(x)

@@ -69,7 +69,7 @@ class ZeroExpertEngine(Engine):
             loss_factor=topology.data.size,
         )
         self.parts = (self.dense, self.experts)
-        self.norms = [ToldNorm(part.optimizer) for part in self.parts]
+        self.norms = [ToldNorm(part.optimizer, loss_scale is not None) for part in self.parts]
 
     def _part(self, name: str) -> ZeroEngine:
         """The engine that has a parameter."""
@@ -131,10 +131,10 @@ class ZeroExpertEngine(Engine):
 class ToldNorm:
     """Measures the gradients of one DeepSpeed optimizer, and has it clip and skip by the norm that it is told."""
 
-    def __init__(self, optimizer: Any):
+    def __init__(self, optimizer: Any, is_fp16: bool):
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        self.optimizer, self.told = optimizer, torch.zeros(())
+        self.optimizer, self.is_fp16, self.told = optimizer, is_fp16, torch.zeros(())
         self._of_kind: Callable[[], Tensor]
         if type(optimizer).__name__ == "BF16_Optimizer":
             gradients = optimizer.get_grads_for_norm
@@ -147,11 +147,14 @@ class ToldNorm:
             groups = optimizer._get_norm_groups
             self._of_kind = lambda: combine_grad_norm_groups(groups())
             optimizer._get_norm_groups = lambda: [self.told * optimizer.loss_scale]
-        optimizer.has_overflow = lambda partition_gradients=True: not bool(self.told.isfinite())
 
     def measure(self) -> Tensor:
-        """L2 norm of the optimizer's own gradients, a scalar; inf where one of them is not finite."""
-        return self._of_kind() / getattr(self.optimizer, "loss_scale", 1.0)
+        """L2 norm of the optimizer's own gradients, a scalar; inf where one of them is not finite.
+
+        In fp16 also where a copy is not that another tensor rank counts: this rank would skip for it, and no other.
+        """
+        norm = self._of_kind() / getattr(self.optimizer, "loss_scale", 1.0)
+        return torch.full_like(norm, torch.inf) if self.is_fp16 and self.optimizer.has_overflow() else norm
 
 
 def _norm_of(gradients: list[Tensor]) -> Tensor:

@@ -44,6 +44,8 @@ def setting_of(config: RunConfig) -> Setting:
         scores=config.data.seq_length if config.kernels.attention == "reference" else 0,
         gradient_bytes=4 if train.accumulate_fp32 else element,
         experts_here=config.model.num_experts // parallel.expert_parallel,
+        context=parallel.context_method if parallel.context_parallel > 1 else "",
+        context_parallel=parallel.context_parallel,
     )
 
 
@@ -57,8 +59,9 @@ def on_triton(config: RunConfig, operation: str) -> bool:
 class BlockMemory:
     """The profiles of a run's blocks, dense or of experts, recomputed or not, each found once."""
 
-    def __init__(self, config: RunConfig):
-        self.config, self.setting = config, setting_of(config)
+    def __init__(self, config: RunConfig, one_loss: bool = True):
+        """one_loss: no microbatch's loss waits for its backward while another's is computed."""
+        self.config, self.setting, self.one_loss = config, setting_of(config), one_loss
         self.tapes = {e: block_tape(config.model, self.setting, e) for e in {config.model.has_experts(i) for i in _all(config)}}
         self.profiles: dict[tuple[bool, str], Profile] = {}
 
@@ -73,18 +76,34 @@ class BlockMemory:
             self.profiles[key] = self.tape(layer).profile(mode, train.recompute_modules if mode == "modules" else ())
         return self.profiles[key]
 
+    def head(self) -> Tape:
+        """Last norm, head and loss."""
+        loss = "triton" if on_triton(self.config, "cross_entropy") else "torch"
+        if self.config.kernels.fused_loss:
+            kept = self.one_loss and self.config.train.precision != "fp16" and self.setting.tensor_parallel == 1
+            loss = "fused_kept" if kept else "fused"
+        return head_tape(self.config.model, self.setting, loss)
+
     def stage(self, layers: range, first: bool, last: bool) -> StageMemory:
-        """Forward: each block beside what those before it keep. Backward: the same in reverse."""
-        parts = [(self.profile(i), self.tape(i).waiting()) for i in layers]
-        if last:
-            head = head_tape(self.config.model, self.setting, on_triton(self.config, "cross_entropy"))
-            parts.append((head.profile(), head.waiting()))
-        kept = waiting = forward = 0.0
+        """Forward: each block beside what those before it keep. Backward: the same in reverse.
+
+        Offloaded activations are here for two blocks at a time: of the one that runs and of the one before it.
+        """
+        offload = self.config.train.offload_activations != "none"
+        blocks = [self.profile(i) for i in layers]
+        waiting = sum(self.tape(i).waiting() for i in layers)
+        kept = forward = 0.0
         backward = embedding_backward(self.config.model, self.setting) if first else 0.0
-        for profile, _ in parts:
-            forward, backward = max(forward, kept + profile.forward), max(backward, kept + profile.backward)
+        large = 0.0  # of the block before, if it would be away later
+        for block in blocks:
+            forward, backward = max(forward, kept + large + block.forward), max(backward, kept + large + block.backward)
+            kept += block.small if offload else block.kept
+            large = block.kept - block.small if offload else 0.0
+        if last:
+            head = self.head()
+            profile, waiting = head.profile(), waiting + head.waiting()
+            forward, backward = max(forward, kept + 2 * large + profile.forward), max(backward, kept + 2 * large + profile.backward)
             kept += profile.kept
-        waiting = sum(waits for _, waits in parts)
         return StageMemory(kept, waiting, max(forward, kept), max(backward - kept, 0.0))
 
 

@@ -54,17 +54,17 @@ def test_tiny_is_the_dataclass() -> None:
 
 @pytest.mark.parametrize(
     ("name", "billions", "used"),
-    [("mixtral_8x7b", 46.7, 12.9), ("deepseek_v2_lite", 15.7, 2.4), ("deepseek_v3", 671.0, 36.6)],
+    [("mixtral_8x7b", 46.7, 12.9), ("deepseek_v2_lite", 15.7, 2.4), ("deepseek_v3", 671.0, 37.0)],
 )
 def test_published_sizes_with_experts(name: str, billions: float, used: float) -> None:
-    """All weights, and those that a token is multiplied with; the papers count the embedding among those or do not."""
+    """All weights, and those that a token is multiplied with, as the papers round them."""
     m = compose("pretrain", f"model={name}").model
     shapes = stage_shapes(m, range(m.num_layers))
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     active = sum(sizes.values()) - experts * (1 - m.experts_per_token / m.num_experts)
     assert sum(sizes.values()) / 1e9 == pytest.approx(billions, rel=0.002)
-    assert active / 1e9 == pytest.approx(used, rel=0.002) or (active - sizes["embedding.weight"]) / 1e9 == pytest.approx(used, rel=0.03)
+    assert (active - sizes["embedding.weight"]) / 1e9 == pytest.approx(used, rel=0.03)
 
 
 @pytest.mark.parametrize(

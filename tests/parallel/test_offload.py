@@ -68,6 +68,28 @@ def test_the_same_bits_and_no_file_left(mode: str, tmp_path: Path) -> None:
     assert store.end == end == free(), "places are used again, and all are free when nobody wants what is there"
 
 
+class Halves(nn.Module):
+    """A block that keeps two views of one storage: of its second half too."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        a, b = (x * 2).chunk(2, -1)
+        return torch.cat((a.sin() * b * scale, (a * b).t().tanh().t()), -1)
+
+
+def test_views_of_one_storage(tmp_path: Path) -> None:
+    found, store = [], DiskStore(tmp_path, CPU)
+    for offload in (None, Offload(store, smallest=1)):
+        chunk = nn.Module()
+        chunk.layers = nn.ModuleDict({str(i): Halves() for i in range(4)})
+        apply_offload(chunk, offload)
+        x = start = torch.linspace(-1, 1, 24).view(4, 6).requires_grad_()
+        for layer in chunk.layers.values():
+            x = layer(x, torch.tensor(0.5))
+        x.square().sum().backward()
+        found.append(start.grad)
+    assert torch.equal(*found)
+
+
 def test_evaluation_stores_nothing(tmp_path: Path) -> None:
     store = DiskStore(tmp_path, CPU)
     with torch.no_grad():

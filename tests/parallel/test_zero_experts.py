@@ -144,12 +144,12 @@ def plain_and_alone(topology: Topology) -> dict:
 
 
 def skipping(parallel: ParallelConfig, topology: Topology, where: str) -> dict:
-    """fp16 with an infinite gradient in the second step, on the last rank: of an expert, or of the rest."""
+    """fp16 with an infinite gradient in the second step, on the last rank alone: of an expert, or of the rest."""
     model, engine = build(parallel, torch.float16, topology, CLIP, LossScale(2.0**8, window=2))
     poison = [False]
 
     def infect(gradient: Tensor) -> Tensor:
-        return gradient * torch.inf if poison[0] and topology.data.is_last else gradient
+        return gradient * torch.inf if poison[0] and topology.rank == topology.world_size - 1 else gradient
 
     engine.parameters[where].register_hook(infect)
     seen, kept = [], False
@@ -162,10 +162,14 @@ def skipping(parallel: ParallelConfig, topology: Topology, where: str) -> dict:
     return {"seen": seen, "kept": kept, "state": state_of(engine)}
 
 
-def look_at_two(rank: int, world_size: int) -> dict:
+def allow_fp16() -> None:
     from deepspeed.accelerator import get_accelerator
 
-    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed refuses fp16 on a CPU
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed refuses it on a CPU
+
+
+def look_at_two(rank: int, world_size: int) -> dict:
+    allow_fp16()
     topology = build_topology(ParallelConfig(expert_parallel=2), torch.device("cpu"))
     seen: dict = {run: compare(KINDS[run[0]], DTYPES[run[1]], topology, CLIP) for run in TWO}
     seen["alone"] = plain_and_alone(topology)
@@ -176,7 +180,10 @@ def look_at_two(rank: int, world_size: int) -> dict:
 
 def look_at_four(rank: int, world_size: int, runs: list[tuple[str, str]]) -> dict:
     topology = build_topology(ParallelConfig(expert_parallel=2), torch.device("cpu"))
-    return {run: compare(KINDS[run[0]], DTYPES[run[1]], topology, CLIP) for run in runs}
+    seen: dict = {run: compare(KINDS[run[0]], DTYPES[run[1]], topology, CLIP) for run in runs}
+    allow_fp16()
+    topology = build_topology(ParallelConfig(expert_parallel=2, tensor_parallel=2), torch.device("cpu"))
+    return seen | {"skip": skipping(KINDS[runs[-1][0]], topology, "first.weight")["seen"]}
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +218,8 @@ def test_four_ranks_of_which_two_have_the_same_experts(runs: list[tuple[str, str
     for seen in run_distributed(look_at_four, 4, runs, timeout_seconds=300):
         for run in runs:
             assert_equal(seen[run])
+        skipped = [skipped for _, skipped, *_ in seen["skip"]]
+        assert skipped == [False, True, False, False, False], "for what the second tensor rank alone has, too"
 
 
 @pytest.mark.dist

@@ -52,6 +52,7 @@ TWO: list[Case] = [
     ("llama", "cp2_ulysses_zero3", {**LATENT, "recompute": "modules"}),
     ("llama", "tp2_sp", {**EXPERTS, **LATENT, "num_shared_experts": 1, "recompute": "full"}),
     ("llama", "dp2_ep2", {**EXPERTS, "precision": "bf16"}),
+    ("llama", "dp2_ep2_zero1", EXPERTS),
     ("llama", "dp2_zero3", {**EXPERTS, "recompute": "full"}),
     ("llama", "cp2_ring_ep2", {**EXPERTS, "num_dense_layers": 1, "capacity_factor": 1.0, "recompute": "full"}),
 ]
@@ -65,6 +66,10 @@ EIGHT: list[Case] = [
     ("llama", "tp2_sp_pp2_interleaved_dp2_zero2_microbatch", {"precision": "bf16"}),
     ("llama", "tp8_sp", {"num_kv_heads": 2}),
     ("gpt", "pp4_interleaved_dp2_zero1", {"num_layers": 9, "precision": "bf16"}),
+    ("llama", "tp2_sp_cp2_ulysses_dp2_ep4_zero1", {**EXPERTS, "num_shared_experts": 1}),
+    ("llama", "cp2_ring_pp2_dp2_ep2_zero3", {**EXPERTS, "precision": "bf16", "recompute": "full"}),
+    ("llama", "pp2_dp4_ep2_zero2", {**EXPERTS, "num_dense_layers": 1}),
+    ("llama", "cp4_ring_dp2_ep4_zero3_microbatch", {**EXPERTS, **LATENT}),
 ]
 
 
@@ -127,6 +132,8 @@ def check_equal(cases: list[Case], by_rank: list[list[list]]) -> None:
             assert expected, "something is sent"
             for number, volume in enumerate(steps, 1):
                 rows = compare(volume, expected, {})
+                loose = [row for row in rows if not row["exact"]]
+                assert all(0.6 < row["bytes"] / row["formula_bytes"] < 1.7 for row in loose), "almost even at the start"
                 for key in [(row["group"], row["operation"]) for row in rows if not row["equal"]]:
                     differences[name_of(case), rank, number, key] = (volume.get(key), expected.get(key))
     assert differences == {}, "counted, then predicted"
@@ -193,3 +200,12 @@ def test_without_a_formula_the_table_says_so() -> None:
     rows = compare({("data", "all_reduce"): Count(2, 2_000_000)}, None, {"data": 2})
     assert rows[0]["equal"] is None
     assert table(rows)[1].split() == ["data", "all_reduce", "2", "-", "2.000000", "-", "2.000000"]
+
+
+def test_what_the_router_decides_is_shown_against_an_even_choice() -> None:
+    key = "expert", "all_to_all"
+    formula = {key: Count(5, 2_000_000, exact=False)}
+    rows = compare({key: Count(5, 2_400_000)}, formula, {"expert": 2})
+    assert rows[0]["equal"] and table(rows)[1].split()[2:6] == ["5", "5", "2.400000", "2.000000"]
+    assert table(rows)[1].endswith("1.200000   x 1.200 of even")
+    assert not compare({key: Count(4, 2_000_000)}, formula, {"expert": 2})[0]["equal"]
