@@ -11,6 +11,8 @@ slice), P copies (data parallel), w bytes per weight and g per accumulated gradi
     microbatch  2   wN        gN/P           4N/P      8N/P         -        (one bucket in the backward)
     microbatch  3   wN/P      gN/P           4N/P      8N/P         4 bytes x bucket
 
+The step itself needs more for a moment (`step_bytes`), when no activation is left.
+
 (Rajbhandari et al. 2020, with DeepSpeed's ways: in fp32 it keeps a second copy of a rank's part of the weights.) ZeRO-3 also
 gathers the weights of the module that runs, whole. Activations are another matter.
 """
@@ -69,3 +71,24 @@ def model_states(
     bucket = _REDUCED * min(bucket_elements, parameters) if zero == 3 else 0
     masters, moments = _MASTER * part, _MOMENTS * part
     return ModelStates(weight * held, gradients, masters, moments, bucket, masters + moments if offload else 0)
+
+
+def step_bytes(
+    parameters: int,
+    copies: int,
+    zero: int,
+    precision: str,
+    in_backward: bool = False,
+    accumulate_fp32: bool = True,
+    bucket_elements: int = BUCKET_ELEMENTS,
+) -> int:
+    """The most that reducing gradients and updating weights take beside the states.
+
+    Without ZeRO nothing, but fp32 copies of gradients that were added up in less. With it one bucket, two where gradients are
+    gone from the weights already; ZeRO-2 also makes fp32 of a rank's part of gradients of lower precision.
+    """
+    if zero == 0:
+        return _REDUCED * parameters if precision != "fp32" and not accumulate_fp32 else 0
+    bucket = _REDUCED * min(bucket_elements, parameters)
+    part = _REDUCED * -(-parameters // copies) if zero == 2 and precision != "fp32" and not in_backward else 0
+    return bucket * (2 if in_backward else 1) + part

@@ -25,7 +25,7 @@ from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_BACKEND = {"cpu": DispatchKey.CPU, "cuda": DispatchKey.CUDA}
+_OURS = DispatchKey.CompositeExplicitAutograd  # where torch.library puts an operator of ours
 BEFORE = "from before"  # in place of an operator: what was there when the meter started
 
 
@@ -84,9 +84,9 @@ class MemoryMeter(TorchDispatchMode):
         for x in args:  # made where no mode looks: by another thread, or before
             if isinstance(x, Tensor):
                 self._see(x, BEFORE)
-        if func.namespace == "megalm":  # our own operators are made of torch's, which are seen one by one
-            with self:
-                result = func._op_dk(_BACKEND[self.device_type], *args, **(kwargs or {}))
+        if func.namespace == "megalm" and func.has_kernel_for_dispatch_key(_OURS):
+            with self:  # our own operators are made of torch's, which are seen one by one
+                result = func._op_dk(_OURS, *args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):

@@ -17,8 +17,8 @@ from megalm.parallel.actions import Action
 from megalm.parallel.memory import ModelStates
 from megalm.parallel.schedules import BACKWARD, FORWARD, INPUT, WEIGHT, Schedule, build_schedule
 from megalm.parallel.split import Cost, balanced_split, even_split, layers_of_stage
-from megalm.parallel.timeline import held
-from megalm.train.stage_memory import BlockMemory, StageMemory, states_of
+from megalm.parallel.timeline import held, losses_in_flight
+from megalm.train.stage_memory import BlockMemory, StageMemory, held_by
 
 _STEADY = 4  # microbatches per rank after which a schedule holds no more activations than before
 SENDS_KEPT = 4  # parallel/pipeline.py waits for older ones
@@ -55,7 +55,7 @@ def layers_per_stage(config: RunConfig, num_stages: int) -> list[int]:
 def predict_memory(config: RunConfig) -> list[RankMemory]:
     """Of each rank of the pipeline."""
     schedule, times = _schedule(config)
-    count, blocks = schedule.num_stages, BlockMemory(config)
+    count, blocks = schedule.num_stages, BlockMemory(config, losses_in_flight(schedule) * times == 1)
     split = layers_per_stage(config, count)
     layers = [layers_of_stage(stage, split) for stage in range(count)]
     memory = [blocks.stage(layers[stage], stage == 0, stage == count - 1) for stage in range(count)]
@@ -67,7 +67,8 @@ def predict_memory(config: RunConfig) -> list[RankMemory]:
         kept = max(levels, default=0.0)
         peak = max((_reached(*at, memory, times) for at in zip(actions, [0.0, *levels], strict=False)), default=0.0)
         peak += _on_its_way(schedule, rank) * blocks.setting.tokens * _hidden_bytes(config)
-        ranks.append(RankMemory(states_of(config, [layers[s] for s in stages], stages, count), kept, max(peak - kept, 0.0)))
+        weights_here = held_by(config, [layers[s] for s in stages], stages, count)
+        ranks.append(RankMemory(weights_here.states, kept, max(peak, weights_here.step) - kept))
     return ranks
 
 
@@ -122,7 +123,7 @@ def _memory(config: RunConfig, num_stages: int) -> Cost:
     moments, blocks = _fullest_moments(schedule), BlockMemory(config)
 
     def cost(stage: int, layers: range) -> float:
-        states = states_of(config, [layers], [stage], num_stages)
+        states = held_by(config, [layers], [stage], num_stages).states
         needs = blocks.stage(layers, stage == 0, stage == num_stages - 1)
         return states.on_device + times * max((n * needs.kept + m * needs.waiting for n, m in moments[stage]), default=0.0)
 

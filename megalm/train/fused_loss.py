@@ -22,7 +22,7 @@ def apply_fused_loss(chunks: nn.ModuleList, config: RunConfig, topology: Topolog
     if not config.kernels.fused_loss:
         return
     # Gradients that are made in the forward are as large as the head: not for many microbatches at once. See `head_loss`.
-    keep = config.train.precision != "fp16" and _losses_in_flight(schedule) == 1
+    keep = config.train.precision != "fp16" and losses_in_flight(schedule) == 1
     for chunk in chunks:
         head = chunk.head
         if isinstance(head, nn.Module):
@@ -44,10 +44,3 @@ def _forward(
     weight = head.weight
     assert isinstance(weight, Tensor)
     return head_loss(x.flatten(0, 1), weight, labels.flatten(), group, vocab_size, keep_gradients)
-
-
-def _losses_in_flight(schedule: Schedule) -> int:
-    """Microbatches whose loss is there and whose backward has not begun, at the most."""
-    last = schedule.num_stages - 1
-    nothing, one = dict.fromkeys((FORWARD, BACKWARD, INPUT, WEIGHT), 0), {FORWARD: 1, BACKWARD: -1, INPUT: -1, WEIGHT: 0}
-    return int(max(held(schedule.actions[schedule.rank_of(last)], [*[nothing] * last, one])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass
 
 from megalm.config.machine import uses_cuda
@@ -13,7 +13,7 @@ from megalm.models.activations import Setting, block_tape, embedding_backward, h
 from megalm.models.plans import PLANS
 from megalm.models.shapes import stage_shapes
 from megalm.models.tape import Profile, Tape
-from megalm.parallel.memory import ModelStates, model_states
+from megalm.parallel.memory import ModelStates, model_states, step_bytes
 from megalm.parallel.volume_parts import cut
 
 
@@ -111,30 +111,34 @@ def _all(config: RunConfig) -> range:
     return range(config.model.num_layers)
 
 
-def states_of(config: RunConfig, layers: Iterable[range], stages: Iterable[int], num_stages: int) -> ModelStates:
-    """Model states of a rank with these stages; of experts those that are dealt out to it, shared out over fewer copies."""
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds of weights: model states, and what the end of a step takes besides."""
+
+    states: ModelStates
+    step: int
+
+
+def held_by(config: RunConfig, layers: Iterable[range], stages: Collection[int], num_stages: int) -> Held:
+    """Of a rank with these stages; of experts those that are dealt out to it, shared out over fewer copies."""
     elements = Counter[bool]()
-    for stage, held in zip(stages, layers, strict=True):
-        shapes = stage_shapes(config.model, held, stage == 0, stage == num_stages - 1)
+    for stage, inside in zip(stages, layers, strict=True):
+        shapes = stage_shapes(config.model, inside, stage == 0, stage == num_stages - 1)
         if config.model.tie_embeddings and stage == num_stages - 1 > 0 and 0 in stages:
             del shapes["head.weight"]  # the embedding's, which is here too
         for part in cut(shapes, PLANS[config.model.architecture], config):
             elements[part.dealt_out] += part.numel
-    dense = _states(config, elements[False], config.replicas)
+    dense = _held(config, elements[False], config.replicas)
     if not elements[True]:
         return dense
-    experts = _states(config, elements[True], config.replicas // config.parallel.expert_parallel)
-    return ModelStates(*(a + b for a, b in zip(astuple(dense), astuple(experts), strict=True)))
+    experts = _held(config, elements[True], config.replicas // config.parallel.expert_parallel)
+    states = zip(astuple(dense.states), astuple(experts.states), strict=True)
+    return Held(ModelStates(*(a + b for a, b in states)), max(dense.step, experts.step))
 
 
-def _states(config: RunConfig, parameters: int, copies: int) -> ModelStates:
+def _held(config: RunConfig, parameters: int, copies: int) -> Held:
     parallel, train = config.parallel, config.train
-    return model_states(
-        parameters,
-        copies,
-        parallel.zero,
-        train.precision,
-        in_backward=parallel.zero > 0 and parallel.zero_reduce == "microbatch",
-        accumulate_fp32=train.accumulate_fp32,
-        offload=parallel.zero > 0 and parallel.zero_offload != "none",
-    )
+    in_backward = parallel.zero > 0 and parallel.zero_reduce == "microbatch"
+    about = (parameters, copies, parallel.zero, train.precision, in_backward, train.accumulate_fp32)
+    offload = parallel.zero > 0 and parallel.zero_offload != "none"
+    return Held(model_states(*about, offload=offload), step_bytes(*about))

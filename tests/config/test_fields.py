@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalm.config.fields import assign, describe, leaves, nearest
+from megalm.config.fields import assign, default_of, describe, leaves, nearest
 from megalm.config.run import RunConfig
 
 
@@ -61,4 +61,4 @@ def test_every_field_has_help_and_a_legal_default() -> None:
     for key, field, kind in leaves(RunConfig):
         assert field.metadata["help"], key
         assert describe(field, kind), key
-        assert nearest(field, kind, field.default) == field.default, key
+        assert nearest(field, kind, default_of(field)) == default_of(field), key
