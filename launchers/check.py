@@ -34,15 +34,10 @@ def summary(verb: str, config: Any) -> str:
 def _forecast(config: Any) -> list[str]:
     """Layers per stage and memory of the rank that needs most, a line each."""
     from megalm.config.stage_split import num_stages
-    from megalm.train.forecast import layers_per_stage, predict_memory
+    from megalm.train.forecast import describe_memory, layers_per_stage
 
     split = "+".join(map(str, layers_per_stage(config, num_stages(config))))
-    most = max(predict_memory(config), key=lambda rank: rank.total)
-    states = most.states
-    optimizer = states.masters + states.moments - states.offloaded
-    parts = {"weights": states.weights, "gradients": states.gradients + states.buckets, "optimizer": optimizer}
-    shares = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in (parts | {"activations": most.activations}).items())
-    memory = f"memory: about {most.total / 2**30:.3g} GiB on the fullest rank ({shares}), and temporary buffers"
+    memory = describe_memory(config)
     return [f"stages: {split} layers", memory] if num_stages(config) > 1 else [memory]
 
 

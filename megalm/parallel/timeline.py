@@ -91,6 +91,13 @@ def held(actions: Iterable[Action], weights: Sequence[Mapping[str, float]]) -> I
     return itertools.accumulate(weights[action.stage][action.kind] for action in actions)
 
 
+def losses_in_flight(schedule: Schedule) -> int:
+    """Microbatches whose loss is there and whose backward has not begun, at the most."""
+    last = schedule.num_stages - 1
+    nothing, one = dict.fromkeys((FORWARD, BACKWARD, INPUT, WEIGHT), 0), {FORWARD: 1, BACKWARD: -1, INPUT: -1, WEIGHT: 0}
+    return int(max(held(schedule.actions[schedule.rank_of(last)], [*[nothing] * last, one])))
+
+
 EQUAL = Times()
 
 

@@ -72,6 +72,17 @@ def predict_memory(config: RunConfig) -> list[RankMemory]:
     return ranks
 
 
+def describe_memory(config: RunConfig) -> str:
+    """One line: the rank that needs most, and of what this consists."""
+    most = max(predict_memory(config), key=lambda rank: rank.total)
+    states = most.states
+    optimizer = states.masters + states.moments - states.offloaded
+    parts = {"weights": states.weights, "gradients": states.gradients + states.buckets, "optimizer": optimizer}
+    parts |= {"activations": most.activations, "temporary": most.temporary}
+    shares = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in parts.items())
+    return f"memory: about {most.total / 2**30:.3g} GiB at the peak of the fullest rank ({shares})"
+
+
 def _reached(action: Action, before: float, memory: list[StageMemory], times: int) -> float:
     """The most within an action, which begins with `before`. times: such actions in a row, of which the last reaches most."""
     stage = memory[action.stage]

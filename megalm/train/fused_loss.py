@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from megalm.config.run import RunConfig
 from megalm.objectives.cross_entropy import head_loss
-from megalm.parallel.actions import BACKWARD, FORWARD, INPUT, WEIGHT, Schedule
-from megalm.parallel.timeline import held
+from megalm.parallel.actions import Schedule
+from megalm.parallel.timeline import losses_in_flight
 from megalm.parallel.topology import Group, Topology
 
 

@@ -28,7 +28,9 @@ from megalm.parallel.workers import make_folder, note_error
 from megalm.train.build import build_job
 from megalm.train.counting import Counting
 from megalm.train.hooks import Checkpointing, Evaluating, Logging, ProgressBar
+from megalm.train.forecast import describe_memory
 from megalm.train.kernels import choose_kernels, describe, facts_of
+from megalm.train.measuring import Measuring
 from megalm.train.record import Recording
 from megalm.train.routing import Routing
 from megalm.train.trace import Tracing
@@ -106,7 +108,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
             if corpus.tokenizer is not None:  # the run's own copy: a corpus may be made anew, or stay behind
                 corpus.tokenizer.save(run_dir / "tokenizer.json")
     logging = Logging(build_trackers(config, resolved) if topology.rank == 0 else [])
-    hooks: list[Hook] = [Counting(), Tracing(), ProgressBar(), logging, Evaluating(logging), Checkpointing(resolved, logging)]
+    hooks: list[Hook] = [Counting(), Measuring(), Tracing(), ProgressBar(), logging, Evaluating(logging)]
+    hooks.append(Checkpointing(resolved, logging))
     if config.model.num_experts:
         hooks.insert(hooks.index(logging) + 1, Routing(logging))
     if config.train.record:
@@ -178,4 +181,5 @@ def _announce(config: RunConfig, topology: Topology, corpus: Corpus, choices: li
     )
     if corpus.unigram_entropy is not None:
         log(f"corpus: {corpus.indexed.num_tokens:,} tokens, unigram entropy {corpus.unigram_entropy:.4f} nats per token")
+    log(describe_memory(config))
     log(f"kernels: {describe(choices)}; pid {os.getpid()}")

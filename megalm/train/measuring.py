@@ -1,0 +1,88 @@
+"""`train.memory_step=N`: the peak memory of step N, measured on every rank and held against what was predicted at the start."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalm.config.parallel import layout_name
+from megalm.errors import writing
+from megalm.log import log
+from megalm.parallel.memory_meter import MemoryMeter
+from megalm.train.forecast import predict_memory
+from megalm.train.trainer import Hook, StepResult, Trainer
+
+FILE = "memory.json"
+KINDS = 24  # of tensors alive at the peak, the largest
+
+
+class Measuring(Hook):
+    """Around step `memory_step`. On a GPU its allocator tells; on a CPU a meter counts tensors, which makes this step slower."""
+
+    def __init__(self) -> None:
+        self.meter: MemoryMeter | None = None
+
+    def before_step(self, trainer: Trainer) -> None:
+        if trainer.state.step + 1 != trainer.config.train.memory_step:
+            return
+        device = trainer.topology.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            self.meter = MemoryMeter(device)
+            self.meter.start()
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        if trainer.state.step == trainer.config.train.memory_step:
+            _report(trainer, self._stop())
+
+    def on_end(self, trainer: Trainer) -> None:
+        self._stop()  # if the step broke off
+
+    def _stop(self) -> MemoryMeter | None:
+        meter, self.meter = self.meter, None
+        if meter is not None:
+            meter.stop()
+        return meter
+
+
+def _report(trainer: Trainer, meter: MemoryMeter | None) -> None:
+    """Every rank's numbers to rank 0, which writes them and shows those of the fullest. Collective."""
+    topology, config, step = trainer.topology, trainer.config, trainer.state.step
+    predicted = predict_memory(config)[topology.pipeline.rank]
+    states, parts = predicted.states, {"activations": predicted.activations, "temporary": predicted.temporary}
+    measured = torch.cuda.max_memory_allocated(topology.device) if meter is None else meter.peak
+    mine: dict[str, Any] = {"rank": topology.rank, "pipeline": topology.pipeline.rank, "measured": measured}
+    mine |= {"predicted": predicted.total, "parts": asdict(states) | parts}
+    mine["alive"] = [asdict(alive) for alive in meter.alive()[:KINDS]] if meter is not None else []
+    gathered: list[Any] = [None] * topology.world_size
+    dist.gather_object(mine, gathered if topology.rank == 0 else None, 0)
+    if topology.rank:
+        return
+    path = Path(config.train.run_dir) / FILE
+    layout = layout_name(config.parallel, topology.batch.size)
+    with writing(path):
+        path.write_text(json.dumps({"step": step, "layout": layout, "ranks": gathered}, indent=1) + "\n")
+    log(f"step {step:>6}  {compare(gathered)}; all ranks: {path}")
+
+
+def compare(ranks: list[dict[str, Any]]) -> str:
+    """One line: the fullest rank, and the one whose prediction is furthest off."""
+    full = max(ranks, key=lambda r: r["measured"])
+    worst = max(ranks, key=lambda r: abs(_off(r)))
+    line = f"peak memory {full['measured'] / 2**30:.3g} GiB on rank {full['rank']} of {len(ranks)}, predicted {_percent(full)}"
+    return line if worst is full or len(ranks) == 1 else f"{line}; furthest off on rank {worst['rank']}, {_percent(worst)}"
+
+
+def _off(rank: dict[str, Any]) -> float:
+    """How much too much was predicted, as a share of what was measured."""
+    return rank["predicted"] / rank["measured"] - 1
+
+
+def _percent(rank: dict[str, Any]) -> str:
+    return f"{rank['predicted'] / 2**30:.3g} GiB ({_off(rank):+.1%})"
