@@ -36,7 +36,7 @@ class ModelConfig:
         0, "multi-head latent attention: width that keys and values are made from (llama); 0: ordinary attention", minimum=0
     )
     q_latent_size: int = knob(0, "latent attention: the same for queries; 0: straight from the residual stream", minimum=0)
-    rope_head_dim: int = knob(0, "latent attention: channels of head_dim with rotary positions; the heads share their key", minimum=0)
+    rope_head_dim: int = knob(0, "latent attention: channels of head_dim with rotary positions; heads share their key", minimum=0)
     value_head_dim: int = knob(0, "latent attention: width of a head's value; 0: head_dim - rope_head_dim", minimum=0)
     num_experts: int = knob(0, "experts in a block's MLP (llama); 0: a dense MLP", minimum=0)
     experts_per_token: int = knob(2, "experts that each token goes to (top k)", minimum=1)

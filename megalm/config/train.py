@@ -59,7 +59,7 @@ class TrainConfig:
         0, "count every collective of this step: RUN_DIR/ledger.json, and a table beside the formulae; 0: none", minimum=0
     )
     memory_step: int = knob(
-        3, "measure the peak memory of this step on every rank, beside what was predicted: RUN_DIR/memory.json; 0: none", minimum=0
+        3, "measure this step's peak memory on every rank, beside what was predicted: RUN_DIR/memory.json; 0: none", minimum=0
     )
     log_every: int = knob(10, "steps between console lines", minimum=1)
     eval_every: int = knob(0, "steps between evaluations; 0: none", minimum=0)

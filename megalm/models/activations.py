@@ -213,7 +213,7 @@ def _latent_attention(part: _Part, x: str) -> str:
     c, s, tape = part.c, part.s, part.tape
     heads, turned, E = c.num_heads / s.tensor_parallel, c.rope_head_dim, c.hidden_size
     q, plain, value = heads * c.head_dim, heads * (c.head_dim - turned), heads * c.value_head_dim
-    kv = {"kv_down": c.kv_latent_size + turned}
+    kv: dict[str, float] = {"kv_down": c.kv_latent_size + turned}
     part.linears(({"q_down": c.q_latent_size} if c.q_latent_size else {"q": q}) | kv, x, E)
     if c.q_latent_size:
         part.linear("q", part.norm("q_latent", "q_down", c.q_latent_size, 1, "rms_norm"), c.q_latent_size, q)
@@ -246,9 +246,8 @@ def _swiglu(part: _Part, gate: str, up: str, size: float) -> str:
 def _experts(part: _Part, x: str) -> str:
     """Every slot is a row; where experts are dealt out, as many rows arrive as leave, if the loads are even."""
     c, s, tape, E = part.c, part.s, part.tape, part.c.hidden_size
-    rows, memory = c.experts_per_token, part.memory_of(x)
-    if c.capacity_factor:
-        rows = min(rows, c.capacity_factor * rows)
+    slots, memory = c.experts_per_token, part.memory_of(x)
+    rows = min(1.0, c.capacity_factor or 1.0) * slots
     here, inner = s.experts_here or c.num_experts, c.expert_ffn_size / s.tensor_parallel
     routed = memory
     if s.element_bytes < 4:
@@ -257,8 +256,8 @@ def _experts(part: _Part, x: str) -> str:
         routed = x
     logits = tape.add("logits", part.size(c.num_experts, 4), routed, part.memory_of(routed), back=c.num_experts * E * 4.0)
     scores = tape.add("scores", part.size(c.num_experts, 4), logits, logits, work=part.size(c.num_experts, 8))
-    way = tape.keep("way", part.size(3 * c.experts_per_token, 8))  # row of each slot, slot and token of each row
-    weights = tape.add("weights", part.size(c.experts_per_token, 4), scores, f"{scores} {way}")
+    way = tape.keep("way", part.size(3 * slots, 8))  # row of each slot, slot and token of each row
+    weights = tape.add("weights", part.size(slots, 4), scores, f"{scores} {way}")
     arrived = tape.add("rows", part.size(rows * E), x, way)
     if here < c.num_experts:
         for arrived in ("rows.arrived", "rows.sorted"):

@@ -20,7 +20,7 @@ EVERYTHING = frozenset({"rms_norm", "layer_norm", "rotary", "swiglu", "cross_ent
 def count_block_parameters(config: ModelConfig, layer: int = 0) -> int:
     """Matrix parameters of one block that a token is multiplied with, without biases and norms."""
     total = 0
-    for name, shape in block_shapes(config, layer):
+    for _, shape in block_shapes(config, layer):
         if len(shape) == 3:  # all experts, stacked
             total += config.experts_per_token * math.prod(shape[1:])
         elif len(shape) == 2:

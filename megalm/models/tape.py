@@ -1,4 +1,4 @@
-"""A part of a model as a list of operators that make, keep and free memory, and its fullest moments. No torch, no numbers but bytes.
+"""A part of a model as a list of operators that make, keep and free memory, and its fullest moments. No torch; sizes in bytes.
 
 An operator makes a tensor from others, keeps some for its backward and needs some memory for the time that it runs. From the
 list follows what autograd does with it, step by step:
@@ -74,7 +74,8 @@ class Tape:
         Several results have sizes of their own: see `split`. gradient: its size, where it is not that of the result (a view).
         """
         self.sizes[makes], self.gradients[makes] = size, size if gradient is None else gradient
-        operator = Operator((makes,), tuple(reads.split()), tuple(keeps.split()), work, back, passes, costly, self.part, tuple(holds.split()), waits)
+        names = tuple(reads.split()), tuple(keeps.split())
+        operator = Operator((makes,), *names, work, back, passes, costly, self.part, tuple(holds.split()), waits)
         self.operators.append(operator)
         return makes
 
@@ -82,7 +83,8 @@ class Tape:
         """A product whose result lies in one piece, of which the last part, that stays, holds all: {name: size}."""
         self.gradients |= parts
         self.sizes |= dict.fromkeys(parts, 0.0) | {list(parts)[-1]: sum(parts.values())}
-        self.operators.append(Operator(tuple(parts), tuple(reads.split()), tuple(keeps.split()), 0.0, back, False, True, self.part, (), True))
+        names = tuple(parts), tuple(reads.split()), tuple(keeps.split())
+        self.operators.append(Operator(*names, 0.0, back, passes=False, costly=True, part=self.part, holds=(), waits=True))
 
     def keep(self, name: str, size: float) -> str:
         """A tensor that an operator makes for its backward alone; name it in `keeps`."""

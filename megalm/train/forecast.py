@@ -77,7 +77,7 @@ def describe_memory(config: RunConfig) -> str:
     most = max(predict_memory(config), key=lambda rank: rank.total)
     states = most.states
     optimizer = states.masters + states.moments - states.offloaded
-    parts = {"weights": states.weights, "gradients": states.gradients + states.buckets, "optimizer": optimizer}
+    parts: dict[str, float] = {"weights": states.weights, "gradients": states.gradients + states.buckets, "optimizer": optimizer}
     parts |= {"activations": most.activations, "temporary": most.temporary}
     shares = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in parts.items())
     return f"memory: about {most.total / 2**30:.3g} GiB at the peak of the fullest rank ({shares})"

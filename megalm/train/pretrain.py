@@ -27,8 +27,8 @@ from megalm.parallel.topology import Topology, build_topology
 from megalm.parallel.workers import make_folder, note_error
 from megalm.train.build import build_job
 from megalm.train.counting import Counting
-from megalm.train.hooks import Checkpointing, Evaluating, Logging, ProgressBar
 from megalm.train.forecast import describe_memory
+from megalm.train.hooks import Checkpointing, Evaluating, Logging, ProgressBar
 from megalm.train.kernels import choose_kernels, describe, facts_of
 from megalm.train.measuring import Measuring
 from megalm.train.record import Recording

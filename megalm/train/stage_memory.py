@@ -102,7 +102,8 @@ class BlockMemory:
         if last:
             head = self.head()
             profile, waiting = head.profile(), waiting + head.waiting()
-            forward, backward = max(forward, kept + 2 * large + profile.forward), max(backward, kept + 2 * large + profile.backward)
+            forward = max(forward, kept + 2 * large + profile.forward)
+            backward = max(backward, kept + 2 * large + profile.backward)
             kept += profile.kept
         return StageMemory(kept, waiting, max(forward, kept), max(backward - kept, 0.0))
 
