@@ -262,7 +262,7 @@ _table(
     _tiles((64, (16, 32, 8, 1)), (256, (16, 16, 8, 1))),
     sm_80=_tiles((64, (32, 16, 8, 1)), (128, (16, 32, 8, 1)), (256, (32, 16, 8, 1))),
 )
-_table("attention_delta", [Row(0, dict(BLOCK=64, num_warps=8))])
+_table("attention_delta", [Row(128, dict(BLOCK=64, num_warps=8)), Row(256, dict(BLOCK=32, num_warps=8))])
 
 # attention_hopper, of sm_90 alone: a row limit is the head dimension. STAGES: buffers of keys and of values; of the 65536
 # registers of a multiprocessor the two groups that compute get 240 per thread each, the warps beside the loading one 24.

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -95,7 +96,7 @@ class MemoryMeter(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor, operator: str) -> None:
-        if tensor.device.type != self.device_type:
+        if tensor.device.type != self.device_type or isinstance(tensor, FakeTensor):  # which torch.compile leaves behind
             return
         try:
             storage = tensor.untyped_storage()

@@ -37,8 +37,8 @@ class UlyssesAttention:
         k, v = (x.repeat_interleave(copies, 2) if copies > 1 else x for x in (k, v))
         heads = [x.shape[2] // size for x in (q, k, v)]
         assert all(x.shape[2] % size == 0 for x in (q, k, v)), "checked by the configuration"
-        packed = torch.cat([x.unflatten(2, (size, -1)) for x in (q, k, v)], 3)  # (B, S', n, heads of all three, D)
-        whole = self._turn(packed.movedim(2, 0)).movedim(0, 1).flatten(1, 2)  # (B, S, heads, D)
+        packed = torch.cat([x.unflatten(2, (size, -1)).movedim(2, 0) for x in (q, k, v)], 3)  # (n, B, S', heads of all, D)
+        whole = self._turn(packed).movedim(0, 1).flatten(1, 2)  # (B, S, heads, D)
         q, k, v = whole.split(heads, 2)
         y = self.attend(q, k, v, documents)
         return self._turn(y.unflatten(1, (size, -1)).movedim(1, 0)).movedim(0, 2).flatten(2, 3)

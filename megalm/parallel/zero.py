@@ -12,7 +12,7 @@ directly, so `.grad` fills up on plain parameters, and one reduction flushes the
 - bf16 gradients are accumulated and sent in bf16 unless `.grad` itself is fp32 (`grad_dtype`) and the communication type too;
 - ZeRO-3's norm takes the rank in the whole model where the tensor rank is meant, and counts tied copies twice.
 
-tests/parallel/test_zero_traps.py watches each of these facts.
+tests/parallel/test_zero_traps.py and test_zero_group_traps.py watch each of these facts.
 """
 
 from __future__ import annotations

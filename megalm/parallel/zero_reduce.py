@@ -105,6 +105,8 @@ class InBackward:
 
     def after_backward(self, deepspeed: Any) -> None:
         optimizer = deepspeed.optimizer
+        if self.stage == 2 and not any(bucket.buffer for bucket in optimizer.ipg_buckets.values()):
+            return  # no gradient of its parameters: a stage without experts. DeepSpeed would look into a bucket that is not there
         optimizer.overlapping_partition_gradients_reduce_epilogue()
         optimizer.clear_backward_seen_flag()
 

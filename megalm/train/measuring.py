@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megalm.errors import writing
 from megalm.log import log
 from megalm.parallel.memory_meter import MemoryMeter
 from megalm.train.forecast import predict_memory
+from megalm.train.hooks import Logging
 from megalm.train.trainer import Hook, StepResult, Trainer
 
 FILE = "memory.json"
@@ -22,9 +24,13 @@ KINDS = 24  # of tensors alive at the peak, the largest
 
 
 class Measuring(Hook):
-    """Around step `memory_step`. On a GPU its allocator tells; on a CPU a meter counts tensors, which makes this step slower."""
+    """Around step `memory_step`. On a GPU its allocator tells; on a CPU a meter counts tensors, which makes this step slower.
 
-    def __init__(self) -> None:
+    Such a step is left out of the speed that `logging` reports. A run that goes on behind the step measures nothing.
+    """
+
+    def __init__(self, logging: Logging) -> None:
+        self.logging = logging
         self.meter: MemoryMeter | None = None
 
     def before_step(self, trainer: Trainer) -> None:
@@ -34,12 +40,16 @@ class Measuring(Hook):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
+            self.since = time.perf_counter()
             self.meter = MemoryMeter(device)
             self.meter.start()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         if trainer.state.step == trainer.config.train.memory_step:
-            _report(trainer, self._stop())
+            meter = self._stop()
+            _report(trainer, meter)
+            if meter is not None:
+                self.logging.meter.leave_out(time.perf_counter() - self.since)
 
     def on_end(self, trainer: Trainer) -> None:
         self._stop()  # if the step broke off

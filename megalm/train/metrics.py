@@ -36,6 +36,7 @@ class SpeedMeter:
         self.flops_per_token = count_flops_per_token(config.model, config.data.seq_length)
         self.peak_tflops = config.train.device_peak_tflops or _known_peak(device)
         self.world_size, self.steps, self.start = world_size, 0, time.perf_counter()
+        self.slow: list[float] = []  # seconds of steps that do not count
 
     def count_step(self) -> None:
         self.steps += 1
@@ -44,10 +45,15 @@ class SpeedMeter:
         """Leave out time that was not spent on training (evaluation, checkpoints)."""
         self.start += seconds
 
+    def leave_out(self, seconds: float) -> None:
+        """A step, not counted yet, that was slowed down on purpose: it does not count, unless there is no other."""
+        self.slow.append(seconds)
+
     def read(self) -> Speed:
         """Speed since the last call."""
-        seconds = max(1e-9, time.perf_counter() - self.start) / max(1, self.steps)
-        self.steps, self.start = 0, time.perf_counter()
+        slow = self.slow if len(self.slow) < self.steps else []
+        seconds = max(1e-9, time.perf_counter() - self.start - sum(slow)) / max(1, self.steps - len(slow))
+        self.steps, self.start, self.slow = 0, time.perf_counter(), []
         rate = self.tokens_per_step / seconds
         tflops = rate * self.flops_per_token / self.world_size / 1e12
         return Speed(seconds, rate, tflops, tflops / self.peak_tflops if self.peak_tflops else None)

@@ -108,7 +108,7 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
             if corpus.tokenizer is not None:  # the run's own copy: a corpus may be made anew, or stay behind
                 corpus.tokenizer.save(run_dir / "tokenizer.json")
     logging = Logging(build_trackers(config, resolved) if topology.rank == 0 else [])
-    hooks: list[Hook] = [Counting(), Measuring(), Tracing(), ProgressBar(), logging, Evaluating(logging)]
+    hooks: list[Hook] = [Counting(), Measuring(logging), Tracing(), ProgressBar(), logging, Evaluating(logging)]
     hooks.append(Checkpointing(resolved, logging))
     if config.model.num_experts:
         hooks.insert(hooks.index(logging) + 1, Routing(logging))

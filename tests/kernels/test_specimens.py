@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,15 +37,17 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def launch_training(config: ModelConfig, ranks: int, dtype: torch.dtype) -> None:
     """What a step of this model launches on one of `ranks` tensor parallel ranks, kernel by kernel."""
     tokens, hidden, gpt = SAMPLES * LENGTH, config.hidden_size, config.architecture == "gpt"
-    x, weight = meta(tokens, hidden, dtype=dtype), meta(hidden, dtype=dtype)
     settings = (0.0, 0, gpt, False)
-    _, _, mean, scale = norms.forward(x, weight, weight if gpt else None, None, None, *settings, 1e-5)
-    norms.backward(x, None, x, weight, mean, scale, None, gpt, False, *settings)
+    for width in {hidden, config.kv_latent_size, config.q_latent_size} - {0}:
+        x, weight = meta(tokens, width, dtype=dtype), meta(width, dtype=dtype)
+        _, _, mean, scale = norms.forward(x, weight, weight if gpt else None, None, None, *settings, 1e-5)
+        norms.backward(x, None, x, weight, mean, scale, None, gpt, False, *settings)
     if not gpt:
-        angles = meta(config.max_seq_length, config.head_dim // 2, dtype=torch.float32)
-        for heads in (config.num_heads // ranks, max(1, config.num_kv_heads // ranks)):
-            for inverse in (False, True):
-                rotary.turn(meta(SAMPLES, LENGTH, heads, config.head_dim, dtype=dtype), angles, angles, None, False, inverse)
+        heads, kv_heads, turned = config.num_heads // ranks, max(1, config.num_kv_heads // ranks), config.rope_head_dim
+        shapes = [(heads, config.head_dim), (1, turned) if config.kv_latent_size else (kv_heads, config.head_dim)]
+        angles = meta(config.max_seq_length, (turned or config.head_dim) // 2, dtype=torch.float32)
+        for shape, inverse in itertools.product(shapes, (False, True)):
+            rotary.turn(meta(SAMPLES, LENGTH, *shape, dtype=dtype), angles, angles, None, False, inverse)
         gate = meta(tokens, config.ffn_size // ranks, dtype=dtype)
         activations.gated(gate, gate, False)
         activations.gated_backward(gate, gate, gate, False)
@@ -83,6 +86,8 @@ def launch_attention(config: ModelConfig, ranks: int, dtype: torch.dtype) -> Non
     q, k, v = meta(SAMPLES, LENGTH, heads + 2 * kv_heads, dim, dtype=dtype).split((heads, kv_heads, kv_heads), dim=2)
     if config.architecture != "gpt":
         q, k = q.contiguous(), k.contiguous()
+    if config.kv_latent_size:
+        v = v.contiguous()  # filled up to the width of keys
     options = (None, None, -1, 0, dim**-0.5, 0.0, 0.0, 0, [0, 0, 0, 0])
     out, lse = attention_forward.forward(q, k, v, None, None, *options)
     attention_backward.backward(out, None, q, k, v, out, lse, None, *options, True)

@@ -58,7 +58,7 @@ def test_count_of_odd_shapes(architecture: str, tied: bool) -> None:
 def test_stages_add_up(architecture: str, tied: bool) -> None:
     """To the model, but for the second copy of a tied embedding; FLOPs to the model's."""
     config = ModelConfig(architecture, 101, 40, 5, 6, 2, 10, 52, 19, tie_embeddings=tied)
-    parts = [(2, True, False), (3, False, False), (0, False, True)]
+    parts = [(range(2), True, False), (range(2, 5), False, False), (range(5, 5), False, True)]
     copy = 101 * 40 if tied else 0
     assert sum(count_stage_parameters(config, *part) for part in parts) == count_parameters(config) + copy
     flops = [count_stage_flops_per_token(config, 19, layers, last) for layers, _, last in parts]

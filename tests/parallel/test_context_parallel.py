@@ -22,7 +22,7 @@ from megalm.testing import run_distributed
 
 SEQ_LENGTH, HEAD_DIM = 48, 16
 STARTS = ((0, 5, 6, 30), (0, 24, 40))  # across chunks and ranks, of one token, at a border of chunks
-HEADS = {"8 heads": (8, 8), "grouped": (8, 4), "one for all": (8, 1)}
+HEADS = {"8 heads": (8, 8), "grouped": (8, 4), "shared": (8, 2)}  # two of four ranks share a key head
 MASKS: dict[str, tuple[int, Any]] = {"causal": (0, ()), "window": (9, ()), "documents": (0, STARTS), "both": (7, STARTS)}
 ALL = itertools.product(("ring", "ulysses"), ("fp32", "bf16"), HEADS, MASKS)
 CASES = [case for case in ALL if case[1] == "fp32" or case[2] == "grouped"]
@@ -100,21 +100,24 @@ LONG = 4096  # tokens, of which the ring's chunks on two ranks have a quarter ea
 
 
 class Watch(TorchDispatchMode):
-    """Elements of the largest tensor that an operator gives, in the backward too."""
+    """Elements of the largest tensor that an operator gives, in the backward too; and of which types sums are that grow."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest = 0
+        self.largest, self.sums = 0, set[torch.dtype]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for x in found if isinstance(found, (tuple, list)) else (found,):
             self.largest = max(self.largest, x.numel() if isinstance(x, Tensor) else 0)
+        if func in (torch.ops.aten.add_.Tensor, torch.ops.aten.lerp_.Tensor):
+            self.sums.add(args[0].dtype)
         return found
 
 
-def watch_ring(rank: int, size: int) -> tuple[list[str], list[str], int]:
-    """What happens in a forward and in a backward, in order, and the largest tensor of long sequences under every mask."""
+def watch_ring(rank: int, size: int) -> tuple[list[str], list[str], int, set[torch.dtype]]:
+    """What happens in a forward and in a backward, in order; the largest tensor of long sequences under every mask; what type
+    the sums of a bf16 ring are."""
     group, happened = context_group(rank, size), list[str]()
 
     def note(name: str, function: Any) -> Any:
@@ -145,16 +148,20 @@ def watch_ring(rank: int, size: int) -> tuple[list[str], list[str], int]:
         with Watch() as watch:
             RingAttention(group, window)(q, q, q, documents).sum().backward()
         largest = max(largest, watch.largest)
-    return forward, backward, largest
+    *leaves, dout = (x[:, : SEQ_LENGTH // size].requires_grad_(i < 3) for i, x in enumerate(inputs((8, 4), torch.bfloat16)))
+    with Watch() as watch:
+        RingAttention(group)(*leaves).backward(dout)
+    return forward, backward, largest, watch.sums
 
 
 @pytest.mark.dist
 def test_a_ring_exchanges_while_it_computes_and_has_no_square_matrix() -> None:
-    """The next keys are on their way before a block is computed; the gradients' sums while the next block is."""
-    for forward, backward, largest in run_distributed(watch_ring, 2):
+    """The next keys are on their way before a block is computed; the gradients' sums, in fp32, while the next block is."""
+    for forward, backward, largest, sums in run_distributed(watch_ring, 2):
         assert forward == ["post", "compute", "wait", "compute"]
         assert backward == ["post", "compute", "post", "wait", "compute", "wait", "post", "wait"]
         assert largest < (LONG // 4) ** 2 // 8
+        assert sums == {torch.float32}
 
 
 def test_a_group_of_one_changes_nothing() -> None:

@@ -8,10 +8,7 @@ two processes; each probe leaves what it saw, and the tests judge.
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import io
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,59 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalm.config.parallel import ParallelConfig
-from megalm.parallel.engine import Tie
-from megalm.parallel.topology import Group, Topology, build_topology
+from megalm.parallel.topology import Topology
 from megalm.parallel.zero import ZeroEngine
-from megalm.parallel.zero_config import ModelParallelUnit, deepspeed_config, import_deepspeed
-from megalm.testing import run_distributed
-from tests.parallel.tiny import LR, Toy, adamw, toy_groups, toy_losses
+from megalm.parallel.zero_config import ModelParallelUnit, import_deepspeed
+from tests.parallel.deepspeed_probes import BF16, FP32, build, initialize, look, norm_of, probe, raised
+from tests.parallel.tiny import LR, Toy, toy_losses
 
 pytestmark = pytest.mark.dist
-FP32, BF16 = torch.float32, torch.bfloat16
-PROBES: dict[str, Callable[[Topology], Any]] = {}
-
-
-def probe(look: Callable[[Topology], Any]) -> Callable[[Topology], Any]:
-    PROBES[look.__name__] = look
-    return look
-
-
-def look_at_everything(rank: int, world_size: int) -> dict[str, Any]:
-    topology = build_topology(ParallelConfig(), torch.device("cpu"))
-    seen = {}
-    for name, look in PROBES.items():
-        try:
-            seen[name] = look(topology)
-        except Exception:
-            seen[name] = "the probe failed: " + traceback.format_exc()
-    return seen
-
 
 @pytest.fixture(scope="module")
 def seen() -> Callable[[str], list]:
-    by_rank = run_distributed(look_at_everything, 2)
-    return lambda name: [rank[name] for rank in by_rank]
-
-
-def initialize(topology: Topology, stage: int, dtype: torch.dtype = FP32, model: nn.Module | None = None, **changes: Any) -> Any:
-    """DeepSpeed itself with our configuration and some changes to it; a value None takes the key away."""
-    deepspeed = import_deepspeed()
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    model = (model or Toy()).to(dtype)
-    config = copy.deepcopy(deepspeed_config(ParallelConfig(zero=stage), dtype, 0.0))
-    config["zero_optimization"] |= changes.pop("zero", {})
-    config = {key: value for key, value in {**config, **changes}.items() if value is not None}
-    groups = [{"params": list(g.parameters.values()), "weight_decay": g.weight_decay} for g in toy_groups(model)]
-    return deepspeed.initialize(model=model, optimizer=adamw(groups), config=config, mpu=ModelParallelUnit(topology))[0]
-
-
-def raised(function: Callable[[], Any]) -> str:
-    try:
-        function()
-    except Exception as error:
-        return type(error).__name__
-    return "nothing"
+    return look(__name__)
 
 
 @probe
@@ -223,13 +178,6 @@ def test_output_hooks_divide_the_incoming_gradient_by_the_accumulation_steps(see
     assert seen("accumulation") == [[2.0]] * 2
 
 
-def build(topology: Topology, stage: int, dtype: torch.dtype = FP32, kind: type = ZeroEngine, **names: Any) -> Any:
-    model = Toy().to(dtype)
-    engine = kind(nn.ModuleList([model]), toy_groups(model), adamw, topology, 0.0, ParallelConfig(zero=stage), **names)
-    engine.toy = model
-    return engine
-
-
 @probe
 def coalesced(topology: Topology) -> dict:
     """Gradient of second.bias: rank r back-propagates (r + 1) three times, so 3 and 6 locally, 4.5 on average."""
@@ -316,107 +264,6 @@ def root_forward(topology: Topology) -> list[int]:
 def test_zero3_talks_to_the_whole_world_in_the_roots_forward_only(seen):
     """ZeroEngine: chunks are called, never the root, or pipeline stages would wait for each other for ever."""
     assert seen("root_forward") == [[0, 1]] * 2
-
-
-class Uncorrected(ZeroEngine):
-    """Without our overrides of the stage 3 norm."""
-
-    def _correct_stage3_norm(self) -> None:
-        pass
-
-
-def norm_of(engine: Any) -> float:
-    with engine.accumulate():
-        for loss in toy_losses(engine.toy, 0, FP32):
-            engine.scale_loss(loss).backward()
-    return engine.step(LR).item()
-
-
-def true_norm(without: str = "") -> float:
-    """Of one Toy, in one process."""
-    model = Toy()
-    for loss in toy_losses(model, 0, FP32):
-        loss.backward()
-    return torch.stack([p.grad.norm() for n, p in model.named_parameters() if n != without]).norm().item()  # type: ignore[union-attr]
-
-
-@probe
-def norms(topology: Topology) -> dict:
-    """Two pipeline stages of the same Toy each; `first.weight` of the last one is a tied copy, its gradient not summed."""
-    stages = build_topology(ParallelConfig(pipeline_parallel=2), torch.device("cpu"))
-    stages = dataclasses.replace(stages, embedding=Group((topology.rank,), 0))
-    tie = Tie("first.weight", "the first stage's") if stages.pipeline.is_last else None
-    found: dict = {"model rank": build(stages, 3, kind=Uncorrected).optimizer.model_parallel_rank}
-    found["corrected rank"] = build(stages, 3).optimizer.model_parallel_rank
-    found["uncorrected"] = norm_of(build(stages, 3, kind=Uncorrected))
-
-    class RankOnly(Uncorrected):
-        def _correct_stage3_norm(self) -> None:
-            self.optimizer.model_parallel_rank = self.topology.tensor.rank
-
-    found["rank only"] = norm_of(build(stages, 3, kind=RankOnly, tie=tie))
-    for stage in (1, 2, 3):
-        found[stage] = norm_of(build(stages, stage, tie=tie))
-    return found
-
-
-def test_zero3_takes_the_rank_in_the_model_for_the_tensor_rank(seen):
-    """ZeroEngine._correct_stage3_norm: the later stages' replicated parameters would be missing from the norm."""
-    first, last = seen("norms")
-    assert (first["model rank"], last["model rank"]) == (0, 1)
-    assert (first["corrected rank"], last["corrected rank"]) == (0, 0)
-    assert first["uncorrected"] == last["uncorrected"] == pytest.approx(true_norm(), rel=1e-6)  # the first stage's alone
-
-
-def test_zero3_counts_a_tied_copy_and_the_other_stages_do_not(seen):
-    """ZeroEngine._correct_stage3_norm: ds_pipe_replicated."""
-    both = 2**0.5 * true_norm()
-    once = (true_norm() ** 2 + true_norm("first.weight") ** 2) ** 0.5
-    for found in seen("norms"):
-        assert found["rank only"] == pytest.approx(both, rel=1e-6)
-        assert [found[stage] for stage in (1, 2, 3)] == pytest.approx([once] * 3, rel=1e-6)
-
-
-@probe
-def counted(topology: Topology) -> list[float]:
-    """Two tensor ranks with copies of the whole Toy, and DeepSpeed told of no model parallel group."""
-    ranks = build_topology(ParallelConfig(tensor_parallel=2), torch.device("cpu"))
-    alone = dataclasses.replace(ranks, model=Group((topology.rank,), 0))
-
-    class RankOnly(Uncorrected):
-        def _correct_stage3_norm(self) -> None:
-            self.optimizer.model_parallel_rank = self.topology.tensor.rank
-
-    return [norm_of(build(alone, 3, kind=kind)) for kind in (RankOnly, ZeroEngine)]
-
-
-def test_zero3_counts_on_every_rank_where_it_knows_of_no_model_parallel_group(seen):
-    """ZeroEngine._correct_stage3_norm: tensor ranks would count what all of them have."""
-    (_, first), last = seen("counted")
-    assert first == pytest.approx(true_norm(), rel=1e-6)
-    assert last == pytest.approx([true_norm(), 0.0], rel=1e-6)
-
-
-@probe
-def reduced_over(topology: Topology) -> list[float]:
-    """One rank's gradient of 1 and the other's of 2, averaged by an engine of both, when one of a single rank was made since."""
-    from deepspeed.utils import groups
-
-    engine = initialize(topology, 1, BF16)
-    apart = dataclasses.replace(topology, data=Group((topology.rank,), 0))
-    initialize(apart, 1, BF16)
-    found = []
-    for mpu in (groups.mpu, engine.mpu):
-        groups.mpu = mpu
-        gradient = engine.optimizer.fp32_groups_gradients_flat[0].fill_(topology.data.rank + 1)
-        engine.allreduce_gradients()
-        found.append(gradient[0].item())
-    return found
-
-
-def test_the_bf16_optimizer_reduces_over_the_ranks_of_the_engine_that_was_made_last(seen):
-    """FlatGradients: groups.mpu."""
-    assert seen("reduced_over") == [[1.0, 1.5], [2.0, 1.5]]
 
 
 def state_is_linked(engine: ZeroEngine, name: str) -> bool:

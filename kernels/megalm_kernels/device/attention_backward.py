@@ -387,11 +387,11 @@ def _rows_together(x: Tensor) -> Tensor:
 def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
     """What presets launch (heads and lengths make no kernels of their own), every row of the tables, every feature."""
     products = {"HMMA", "TMA"}
-    for dim in (32, 64, 80, 96, 128, 192, 256):
+    for dim in (32, 48, 64, 80, 96, 128, 192, 256):
         by_groups = {"HGMMA"} if dim <= 128 else set()  # of warps; wider tiles have too few rows for it
         yield f"attention backward D{dim}", partial(_specimen, torch.bfloat16, dim), products | by_groups
     yield "attention backward float16 D128", partial(_specimen, torch.float16, 128), products | {"HGMMA"}
-    for dim in (32, 64, 128, 256):
+    for dim in (32, 48, 64, 128, 192, 256):
         yield f"attention backward float32 D{dim}", partial(_specimen, torch.float32, dim), {"TMA"}
     each: tuple[dict[str, Any], ...] = (dict(right=-1), dict(left=512, packed=True), dict(alibi=True), dict(softcap=30.0))
     for features in each:
@@ -405,7 +405,7 @@ def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
         label = f"attention backward float32 D{dim} in one pass"
         yield label, partial(_specimen, torch.float32, dim, False), {"TMA"}
     for dtype in (torch.bfloat16, torch.float32):
-        for dim in (32, 64, 128):
+        for dim in (32, 48, 64, 128, 192):
             yield f"attention delta {dtype} D{dim}", partial(_delta_specimen, dtype, dim), {"LDG.128"}
     yield "attention delta with a gradient of lse", partial(_delta_specimen, torch.bfloat16, 128, with_lse=True), {"LDG.128"}
 

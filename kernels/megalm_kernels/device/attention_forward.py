@@ -255,9 +255,9 @@ def flags_of(left: int, right: int, softcap: float, slopes: Tensor | None, proba
 def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
     """Every row of the tables, the heads of the presets, and each feature."""
     claims = {"HMMA", "HGMMA", "UTCMMA", "TMA"}
-    for dim in (32, 64, 80, 96, 128, 192, 256):
+    for dim in (32, 48, 64, 80, 96, 128, 192, 256):
         yield f"attention bfloat16 D{dim}", partial(_specimen, torch.bfloat16, dim), claims
-    for dim in (32, 64, 128, 256):
+    for dim in (32, 48, 64, 128, 192, 256):
         yield f"attention float32 D{dim}", partial(_specimen, torch.float32, dim), set()
     yield "attention float16 D128", partial(_specimen, torch.float16, 128), claims
     each: tuple[dict[str, Any], ...] = (dict(right=-1), dict(left=1024, packed=True), dict(softcap=30.0), dict(slopes=True,

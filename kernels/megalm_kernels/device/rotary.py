@@ -150,6 +150,7 @@ def _divisor(heads: int) -> int:
 
 # By channels, the numbers of heads that q and k have in the presets, whole and split; of the others a power of two stands for.
 _HEADS = {32: (4,), 64: (1, 4, 8, 32), 128: (1, 2, 4, 8, 16, 32)}
+_LATENT = ((16, 16, 1), (48, 16, 4), (192, 64, 2), (192, 64, 16), (192, 64, 128))  # channels, turned ones and heads
 
 
 def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
@@ -162,6 +163,10 @@ def specimens() -> Iterator[tuple[str, Callable[[], object], set[str]]]:
             for heads in numbers:
                 label = f"rotary {dtype} D{channels} of {heads} heads{' backward' * inverse}"
                 yield label, partial(_specimen, dtype, channels, channels, heads, inverse=inverse), claims
+        for (channels, turned, heads), inverse in product(_LATENT, (False, True)):
+            label = f"rotary {dtype} D{channels}, {turned} of them, of {heads} heads{' backward' * inverse}"
+            whole = claims if channels > 16 else {"LDG.128"}  # so few channels are stored by half as many bytes
+            yield label, partial(_specimen, dtype, channels, turned, heads, inverse=inverse), whole
         for inverse in (False, True):
             label = f"rotary {dtype} interleaved{' backward' * inverse}"
             yield label, partial(_specimen, dtype, 128, 128, interleaved=True, inverse=inverse), claims
