@@ -4,11 +4,11 @@ A training step (forward, loss, backward) of a tiny llama on one rank and with c
 
     memory   the most bytes of tensors that one rank has at once in a step, beyond weights and tokens, counted by the memory
              meter; and by how much its resident memory grew, which has what operators take inside themselves and gloo's buffers
-    seconds  of one step, the slowest rank's: the median of --steps
+    seconds  of one step, the slowest rank's: the median of --steps; and of its CPU alone
     sent     bytes that one rank sends for one layer's attention in a step, by the communication ledger
 
 The ratios are to one rank at the same length. CPU, gloo, fp32, one thread per process, random tokens. --long adds 131,072 tokens,
-which take minutes per layer. Times on a busy machine say little: the load stands beside them. Nothing fails because it is slow.
+which take minutes per layer. On a busy machine ranks wait for their turn: CPU seconds say more. Nothing fails for being slow.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Result:
     tensor_bytes: int
     resident_bytes: int
     seconds: float
+    cpu_seconds: float
     sent_bytes_per_layer: float
 
 
@@ -73,18 +74,18 @@ def configure(options: argparse.Namespace, layout: str, seq_length: int) -> RunC
     return config
 
 
-def measure(rank: int, size: int, config: RunConfig, steps: int) -> tuple[int, int, list[float], float]:
-    """On one rank: bytes of tensors, growth of resident memory, seconds of each step, bytes sent per layer."""
+def measure(rank: int, size: int, config: RunConfig, steps: int) -> tuple[int, int, list[tuple[float, float]], float]:
+    """On one rank: bytes of tensors, growth of resident memory, seconds of each step, also of its CPU, bytes sent per layer."""
     topology = build_topology(config.parallel, torch.device("cpu"), timedelta(hours=2))
     model = build_stage(config, topology, 0, 1, torch.float32)
     places = local_tokens(config.parallel.context_method, topology.context.size, topology.context.rank, config.data.seq_length)
     tokens = torch.randint(VOCAB, (1, config.data.seq_length + 1), generator=torch.Generator().manual_seed(0))
     inputs, labels = tokens[:, places], tokens[:, places + 1]
 
-    def step() -> float:
-        start = time.perf_counter()
+    def step() -> tuple[float, float]:
+        start, cpu = time.perf_counter(), time.process_time()
         causal_loss(model(inputs, places), labels, topology.tensor, VOCAB).backward()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu
 
     with resident_growth() as growth, Ledger(topology) as ledger, MemoryMeter() as meter:
         seconds = [step()]  # the modes cost microseconds per operator
@@ -113,8 +114,9 @@ def run(options: argparse.Namespace, layout: str, seq_length: int) -> Result:
     steps = 1 if seq_length >= LONG else options.steps
     ranks = run_distributed(measure, config.cluster.num_processes, config, steps, timeout_seconds=options.timeout)
     tensors, resident, seconds, sent = zip(*ranks, strict=True)
-    slowest = [max(step) for step in zip(*seconds, strict=True)]
-    return Result(layout, seq_length, max(tensors), max(resident), statistics.median(slowest[-options.steps :]), max(sent))
+    slowest = [[max(times) for times in zip(*step, strict=True)] for step in zip(*seconds, strict=True)]
+    clock, cpu = (statistics.median(times) for times in zip(*slowest, strict=True))
+    return Result(layout, seq_length, max(tensors), max(resident), clock, cpu, max(sent))
 
 
 def line(result: Result, one: Result | None) -> str:
@@ -124,6 +126,7 @@ def line(result: Result, one: Result | None) -> str:
         f"{result.seq_length:>8} {result.layout:<12} {result.tensor_bytes / mib:9.1f} MiB"
         f" {ratio(result.tensor_bytes, alone.tensor_bytes)} {result.resident_bytes / mib:9.1f} MiB"
         f" {ratio(result.resident_bytes, alone.resident_bytes)} {result.seconds:9.3f} s {ratio(result.seconds, alone.seconds)}"
+        f" {result.cpu_seconds:9.3f} s {ratio(result.cpu_seconds, alone.cpu_seconds)}"
         f" {result.sent_bytes_per_layer / mib:8.2f} MiB"
     )
 
@@ -148,6 +151,8 @@ def main() -> None:
         ("resident", 13),
         ("ratio", 5),
         ("step", 11),
+        ("ratio", 5),
+        ("CPU", 11),
         ("ratio", 5),
     )
     print(*(f"{name:<{-width}}" if width < 0 else f"{name:>{width}}" for name, width in (*head, ("sent/layer", 12))))

@@ -1,6 +1,6 @@
 """Hold predicted against measured peak memory: `python tools/bench_memory.py [--runs ...] [--json FILE]`.
 
-Every run is a real `megalm pretrain` of a llama of 10 million weights for --steps steps, which writes what it predicted and what it
+Every run is a real `megalm pretrain` of a llama of 10 million weights for --steps steps, which writes what it predicted and
 measured to memory.json (train.memory_step). Its line is its fullest rank; below it stands the rank that is furthest off, if it
 is another one. CPU, gloo, one thread per process, random tokens: bytes do not depend on how busy the machine is. Exit 1 says
 that a run failed, or that a prediction is further off than --within.

@@ -130,11 +130,11 @@ class _Part:
         return self.tape.add(name, self.size(features), x, work=work, back=back)
 
     def dropout(self, x: str) -> str:
-        """The mask is made of 64-bit numbers."""
+        """The mask is made of three times as many 64-bit numbers, which are gone when the result comes."""
         if not self.c.dropout:
             return x
         mask = self.tape.keep(f"{x}.mask", self.size(self.c.hidden_size, 1) / self.s.slices)
-        work = self.size(self.c.hidden_size, 24) / self.s.slices
+        work = self.size(self.c.hidden_size, 24 - 1 - self.s.element_bytes) / self.s.slices
         return self.tape.add(f"{x}.dropped", self.hidden, x, mask, work=work, back=self.hidden)
 
 
@@ -149,7 +149,7 @@ def block_tape(config: ModelConfig, setting: Setting, experts: bool = False) -> 
     made = _experts(part, entered) if experts else _mlp(part, entered, config.ffn_size / setting.tensor_parallel)
     made = part.leave(made, not part.llama)
     part.of("")
-    part.tape.add("y", part.hidden, f"middle {part.dropout(made)}", passes=True)
+    part.tape.add("y", part.hidden, f"middle {part.dropout(made)}", passes=True, holds=seen)
     return part.tape
 
 

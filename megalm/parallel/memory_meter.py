@@ -122,6 +122,11 @@ class MemoryMeter(TorchDispatchMode):
         return sum(self.made[event - 1].size for event in self._events[: self._events_before])
 
     @property
+    def now(self) -> int:
+        """Bytes that are there at this moment, or were when it stopped."""
+        return sum(map(self._change, self._events))
+
+    @property
     def peak(self) -> int:
         """The most bytes there at once."""
         return max(itertools.accumulate(map(self._change, self._events)), default=0)

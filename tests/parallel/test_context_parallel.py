@@ -62,7 +62,8 @@ def context_group(rank: int, size: int) -> Group:
 
 def compare(rank: int, size: int, cases: list[tuple[str, str, str, str]]) -> dict[tuple[str, ...], dict[str, float]]:
     """By case: how far this rank's results and gradients are from those of one rank that has everything."""
-    group, found = context_group(rank, size), {}
+    group = context_group(rank, size)
+    found: dict[tuple[str, ...], dict[str, float]] = {}
     for method, precision, heads, mask in cases:
         window, starts = MASKS[mask]
         tensors, places = inputs(HEADS[heads], DTYPES[precision]), local_tokens(method, size, rank, SEQ_LENGTH)
@@ -148,9 +149,9 @@ def watch_ring(rank: int, size: int) -> tuple[list[str], list[str], int, set[tor
         with Watch() as watch:
             RingAttention(group, window)(q, q, q, documents).sum().backward()
         largest = max(largest, watch.largest)
-    *leaves, dout = (x[:, : SEQ_LENGTH // size].requires_grad_(i < 3) for i, x in enumerate(inputs((8, 4), torch.bfloat16)))
+    q, k, v, dout = (x[:, : SEQ_LENGTH // size].requires_grad_(i < 3) for i, x in enumerate(inputs((8, 4), torch.bfloat16)))
     with Watch() as watch:
-        RingAttention(group)(*leaves).backward(dout)
+        RingAttention(group)(q, k, v).backward(dout)
     return forward, backward, largest, watch.sums
 
 

@@ -24,7 +24,7 @@ def test_lengths_are_measured_and_compared_to_one_rank(tmp_path: Path) -> None:
     assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [[str(length), row["layout"]] for row in found["rows"]]
     half = 0.4 * one["tensor_bytes"], 0.75 * one["tensor_bytes"]
     assert half[0] < ring["tensor_bytes"] < half[1] and half[0] < ulysses["tensor_bytes"] < half[1]
-    assert all(row["seconds"] > 0 and row["resident_bytes"] >= 0 for row in found["rows"])
+    assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 and row["resident_bytes"] >= 0 for row in found["rows"])
     width, heads, pairs = 16, 4, 2  # of the model that is measured: 64 features
     assert one["sent_bytes_per_layer"] == 0
     assert ring["sent_bytes_per_layer"] == 2 * length * pairs * width * (2 * 0.5 * 4 + 4)
@@ -37,9 +37,9 @@ def test_a_line_has_ratios_to_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     from bench_context import Result, line
 
     mib = 2**20
-    one, two = Result("single", 4096, 8 * mib, 16 * mib, 2.0, 0.0), Result("cp2_ring", 4096, 4 * mib, 12 * mib, 1.0, 3.0 * mib)
-    numbers = line(two, one).split()
-    assert numbers == "4096 cp2_ring 4.0 MiB 0.50 12.0 MiB 0.75 1.000 s 0.50 3.00 MiB".split()
-    assert line(one, None).split() == "4096 single 8.0 MiB 1.00 16.0 MiB 1.00 2.000 s 1.00 0.00 MiB".split()
-    nothing = Result("single", 4096, 0, 0, 2.0, 0.0)
+    one = Result("single", 4096, 8 * mib, 16 * mib, 2.0, 1.6, 0.0)
+    two = Result("cp2_ring", 4096, 4 * mib, 12 * mib, 1.0, 0.8, 3.0 * mib)
+    assert " ".join(line(two, one).split()) == "4096 cp2_ring 4.0 MiB 0.50 12.0 MiB 0.75 1.000 s 0.50 0.800 s 0.50 3.00 MiB"
+    assert " ".join(line(one, None).split()) == "4096 single 8.0 MiB 1.00 16.0 MiB 1.00 2.000 s 1.00 1.600 s 1.00 0.00 MiB"
+    nothing = Result("single", 4096, 0, 0, 2.0, 1.6, 0.0)
     assert line(two, nothing).split()[:5] == ["4096", "cp2_ring", "4.0", "MiB", "12.0"]  # no ratio to nothing

@@ -36,6 +36,19 @@ def test_speed_since_the_last_look(make, clock: Clock) -> None:
         assert speed.mfu == pytest.approx(speed.tflops_per_rank / 1e-6)
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(1, 9.0), (3, 1.0)])
+def test_a_slow_step_counts_only_where_there_is_no_other(make, clock: Clock, steps: int, expected: float) -> None:
+    meter = SpeedMeter(make(), 1, torch.device("cpu"))
+    meter.leave_out(9.0)
+    for seconds in (9.0, 1.0, 1.0)[:steps]:
+        Clock.now += seconds
+        meter.count_step()
+    assert meter.read().seconds_per_step == pytest.approx(expected)
+    meter.count_step()
+    Clock.now += 4
+    assert meter.read().seconds_per_step == pytest.approx(4)
+
+
 def test_without_a_peak_there_is_no_mfu(make, clock: Clock) -> None:
     meter = SpeedMeter(make(), 1, torch.device("cpu"))
     meter.count_step()
