@@ -28,11 +28,11 @@ FP32 = ("loss_tolerance=1e-5", "norm_tolerance=1e-5", "weight_tolerance=1e-4")
 # tolerances of fp32 (measured: 1e-6, 2e-7, 6e-8). Without dropout: with it GPT's key biases, which are noise (see
 # docs/numerics.md), have once moved the rounding of a key after five steps (measured: loss 6e-5).
 BF16 = ("train.precision=bf16", "model.dropout=0", *FP32)
-# Tensor, context and expert parallel cut the products differently, which changes the order of their sums, and bf16 has 8 bits: single activations
-# round to the neighbouring number, 0.4 % away. In the mean over 256 tokens, and in the norm over 70,000 elements, most of
-# that cancels (measured: loss 2e-4 of 4.8, norm 2e-3). A weight moves by at most lr = 1e-3 in a step, whatever the size of
-# its gradient: one whose gradient is smaller than its rounding goes another way, 2e-3 apart after each such step
-# (measured: 3e-3 after 20). Three to five times the measured values; a wrong slice would be off by far more.
+# Tensor, context and expert parallel cut the products differently, which changes the order of their sums, and bf16 has 8
+# bits: single activations round to the neighbouring number, 0.4 % away. In the mean over 256 tokens, and in the norm over
+# 70,000 elements, most of that cancels (measured: loss 2e-4 of 4.8, norm 2e-3). A weight moves by at most lr = 1e-3 in a
+# step, whatever the size of its gradient: one whose gradient is smaller than its rounding goes another way, 2e-3 apart after
+# each such step (measured: 3e-3 after 20). Three to five times the measured values; a wrong slice would be off by far more.
 SLICED_BF16 = (
     "train.precision=bf16", "model.dropout=0", "loss_tolerance=1e-3", "norm_tolerance=1e-2", "weight_tolerance=1e-2"
 )  # fmt: skip
