@@ -93,13 +93,17 @@ def tokens_not_in_zigzag_order() -> None:
     build.local_tokens = lambda method, size, rank, length: torch.arange(length).chunk(size)[rank]
 
 
-def positions_of_the_sample() -> None:
-    """Positions of packed documents count on from the sample's begin."""
+def positions_of_the_rank() -> None:
+    """A packed document that a cut goes through begins anew on the next rank."""
     right = loader.build_documents
 
     def wrong(starts: Any, seq_length: int, places: np.ndarray | None) -> Documents:
         documents = right(starts, seq_length, places)
-        return dataclasses.replace(documents, positions=torch.from_numpy(places).expand_as(documents.positions))
+        positions = documents.positions.clone()
+        for sample in positions:
+            end = next((i for i, place in enumerate(sample) if i and place == 0), len(sample))
+            sample[:end] -= int(sample[0])
+        return dataclasses.replace(documents, positions=positions)
 
     loader.build_documents = wrong  # type: ignore[attr-defined]
 

@@ -23,7 +23,7 @@ PLANTED = {
 # the same with experts, and with documents that do not see each other
 PLANTED_IN_EXPERTS = {
     "cp2_ring": ("merge_without_lse", "loss differs", r"layers\.0\.attention\.out \(forward\)"),
-    "cp2_ulysses": ("positions_of_the_sample", "loss differs", r"layers\.0\.attention\.out \(forward\)"),
+    "cp2_ulysses": ("positions_of_the_rank", "gradient norm differs", r"layers\.0\.attention\.out \(forward\)"),
     "cp2_ring_zero1": ("tokens_not_in_zigzag_order", "loss differs", r"layers\.0\.attention\.out \(forward\)"),
     "tp2": ("router_gradient_not_summed", "gradient norm differs", r"mlp\.router\.weight \(gradient of the parameter\)"),
     "dp2_ep2": ("expert_gradient_over_all_copies", "gradient norm differs", r"mlp\.experts\.\w+ \(gradient of the parameter\)"),
