@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
+
+
+class ExitCode(IntEnum):
+    """What a process of a run says when it ends; what restarts jobs decides by it (docs/slurm.md)."""
+
+    FINISHED = 0
+    FAILED = 1  # another start may well succeed: from the last checkpoint, perhaps on other machines
+    REFUSED = 2  # a user's mistake: nothing ran, and the same command will be refused again
+    HOPELESS = 3  # the run itself would fail the same way again: do not restart
+    SAVED = 75  # asked to stop, everything is saved: the same command goes on from there (EX_TEMPFAIL of sysexits.h)
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Problem:
 class MegalmError(Exception):
     """Base of every error that a user can mend; the command line prints `str(error)` and exits with `exit_code`."""
 
-    exit_code = 2
+    exit_code: int = ExitCode.REFUSED
     kind = "error"
 
     def __init__(self, *problems: Problem):
@@ -65,7 +76,13 @@ class RunError(MegalmError):
     """A run that cannot go on: a port in use, a worker that died, a loss that is no longer finite."""
 
     kind = "run error"
-    exit_code = 1
+    exit_code = ExitCode.FAILED
+
+
+class HopelessError(RunError):
+    """A run that fails the same way whenever it is started again, such as a loss that is no longer finite."""
+
+    exit_code = ExitCode.HOPELESS
 
 
 @contextmanager

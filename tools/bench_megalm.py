@@ -17,13 +17,14 @@ from bench_turns import clocked, join_group, serve
 from torch import Tensor
 
 from megalm.checkpoint.state import RunState
+from megalm.config.cluster import ClusterConfig
 from megalm.config.data import DataConfig
 from megalm.config.kernels import KernelsConfig
 from megalm.config.model import ModelConfig
 from megalm.config.optim import OptimConfig
 from megalm.config.parallel import ParallelConfig
 from megalm.config.run import RunConfig
-from megalm.config.train import ClusterConfig, TrainConfig
+from megalm.config.train import TrainConfig
 from megalm.config.validate import check
 from megalm.data.corpus import corpus_of
 from megalm.models.registry import build_model

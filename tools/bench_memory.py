@@ -23,11 +23,12 @@ import yaml
 from bench_parallel import write_random_tokens
 from bench_report import describe_machine, describe_versions
 
+from megalm.config.cluster import ClusterConfig
 from megalm.config.data import DataConfig
 from megalm.config.layouts import with_layout
 from megalm.config.model import ModelConfig
 from megalm.config.run import RunConfig
-from megalm.config.train import ClusterConfig, TrainConfig
+from megalm.config.train import TrainConfig
 from megalm_kernels.benchmarks.report import describe_commit
 
 HERE = Path(__file__).resolve().parent

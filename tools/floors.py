@@ -30,7 +30,7 @@ FLOORS: list[tuple[str, list[str]]] = [
     ("F3", ["megalm.models", "megalm.objectives", "megalm.optim"]),
     ("F2", ["megalm.data", "megalm.parallel"]),
     ("F1", ["megalm.config", "megalm.testing", "megalm.doctor"]),
-    ("F1 (base)", ["megalm.errors", "megalm.log"]),
+    ("F1 (base)", ["megalm.errors", "megalm.log", "megalm.runfolder"]),
     ("F0", ["megalm_kernels"]),
 ]
 ANYONE = "megalm"  # the root package holds the version, and imports nothing of the house
@@ -42,7 +42,7 @@ STANDS_ON = {  # the closest room counts; apex is a peer, used where it happens 
     "megalm_kernels.benchmarks": {"megalm_kernels", "torch", "matplotlib"},  # other peers by name, where they are installed
 }
 HEAVY = {"torch", "triton", "deepspeed"}
-NO_TORCH = ["megalm.config", "megalm.errors"]  # never, also not inside a function
+NO_TORCH = ["megalm.config", "megalm.errors", "megalm.runfolder"]  # never, also not inside a function
 NO_TORCH_AT_START = ["megalm.launchers", "megalm.doctor"]  # inside a function only: a bad config dies in a second
 CHECKOUT_ONLY = {"launchers", "conf", "kernels", "tools", "tests", "slurm", "benchmarks"}
 SOURCES = {

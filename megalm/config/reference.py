@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megalm.config import fields
+from megalm.config.cluster import ClusterConfig
 from megalm.config.fixes import broken
 from megalm.config.layouts import with_layout
 from megalm.config.model import ModelConfig
 from megalm.config.parallel import SCHEDULES
 from megalm.config.run import ROOTS, RunConfig
-from megalm.config.train import ClusterConfig
 from megalm.config.validate import RULES
 
 _HEAD = """# Configuration

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megalm.config.cluster import ClusterConfig, SlurmConfig
 from megalm.config.data import DataConfig
 from megalm.config.kernels import KernelsConfig
 from megalm.config.knobs import knob, section
@@ -11,7 +12,7 @@ from megalm.config.model import ModelConfig
 from megalm.config.optim import OptimConfig
 from megalm.config.parallel import ParallelConfig
 from megalm.config.tasks import DoctorRun, GenerateRun, KernelsRun, PipelineRun, PrepareRun
-from megalm.config.train import CheckpointConfig, ClusterConfig, TrackingConfig, TrainConfig
+from megalm.config.train import CheckpointConfig, TrackingConfig, TrainConfig
 
 
 @dataclass
@@ -27,6 +28,7 @@ class RunConfig:
     tracking: TrackingConfig = section(TrackingConfig)
     cluster: ClusterConfig = section(ClusterConfig)
     kernels: KernelsConfig = section(KernelsConfig)
+    slurm: SlurmConfig = section(SlurmConfig)
 
     @property
     def data_parallel(self) -> int:

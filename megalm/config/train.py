@@ -91,22 +91,3 @@ class TrackingConfig:
     )
     project: str = knob("megalm", "Weights & Biases project")
     tensorboard: bool = knob(False, "write TensorBoard events to RUN_DIR/tensorboard")
-
-
-@dataclass
-class ClusterConfig:
-    """The machines."""
-
-    name: str = knob(
-        "local",
-        "local: this machine, workers are started here unless torchrun or srun has started them",
-        allowed=("local",),
-    )
-    num_processes: int = knob(
-        0, "processes in all (world size); 0: one per GPU, or what the layout needs where there is none", minimum=0
-    )
-    device: str = knob("auto", "auto: cuda where there is a GPU, else cpu", allowed=("auto", "cpu", "cuda"))
-    port: int = knob(0, "rendezvous port on this machine; 0: any free one", minimum=0, maximum=65535)
-    rendezvous_seconds: int = knob(300, "how long the first ranks wait for the last one to start", minimum=1)
-    timeout_seconds: int = knob(600, "a collective that takes longer ends the run", minimum=1)
-    threads: int = knob(0, "CPU threads per process; 0: the cores shared evenly", minimum=0, maximum=512)

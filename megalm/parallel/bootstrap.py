@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalm.config.train import ClusterConfig
+from megalm.config.cluster import ClusterConfig
 from megalm.errors import ConfigError, Problem, RunError
 from megalm.parallel.rendezvous import meet
 

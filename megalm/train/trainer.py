@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalm.checkpoint.state import RunState
 from megalm.data.loader import Batch
-from megalm.errors import Problem, RunError
+from megalm.errors import HopelessError, Problem
 from megalm.objectives.language_modeling import count_tokens
 from megalm.optim.schedule import learning_rate
 from megalm.parallel.collectives import all_reduce
@@ -141,7 +141,7 @@ class Trainer:
 
 
 def check_finite(step: int, result: StepResult) -> tuple[float, float]:
-    """Loss and gradient norm as numbers. Raises RunError when one is not finite: the weights are no longer worth saving.
+    """Loss and gradient norm as numbers. Raises HopelessError when one is not finite: the weights are no longer worth saving.
 
     In fp16 a step that overflowed was skipped and harmed nothing, unless the loss scale has nothing left to give.
     """
@@ -150,11 +150,11 @@ def check_finite(step: int, result: StepResult) -> tuple[float, float]:
         if result.loss_scale >= SMALLEST_SCALE:
             return loss, norm
         rule = f"gradients overflow fp16 even with a loss scale of {result.loss_scale}; the last checkpoint is untouched"
-        raise RunError(Problem(f"step {step}", None, rule, "", "train.precision=bf16, or a smaller optim.lr"))
+        raise HopelessError(Problem(f"step {step}", None, rule, "", "train.precision=bf16, or a smaller optim.lr"))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         rule = f"loss ({loss}) and gradient norm ({norm}) must stay finite; the last checkpoint is untouched"
         fix = "a smaller optim.lr, more optim.warmup_steps, or optim.clip=1.0; the same command resumes from there"
-        raise RunError(Problem(f"step {step}", None, rule, "", fix))
+        raise HopelessError(Problem(f"step {step}", None, rule, "", fix))
     return loss, norm
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalm.config.train import ClusterConfig
+from megalm.config.cluster import ClusterConfig
 from megalm.errors import ConfigError, RunError
 from megalm.parallel import bootstrap
 from megalm.parallel.bootstrap import Place, find_place, first_host, start_process_group, stop_process_group
@@ -151,7 +151,7 @@ def test_a_served_store_is_joined_not_opened():
 
 JOIN = """
 import torch, torch.distributed as dist
-from megalm.config.train import ClusterConfig
+from megalm.config.cluster import ClusterConfig
 from megalm.parallel.bootstrap import start_process_group, stop_process_group
 start_process_group(ClusterConfig(device="cpu", timeout_seconds=30))
 x = torch.ones(1) * (dist.get_rank() + 1)

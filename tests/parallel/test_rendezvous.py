@@ -13,7 +13,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from megalm.config.train import ClusterConfig
+from megalm.config.cluster import ClusterConfig
 from megalm.errors import ConfigError, MegalmError, RunError
 from megalm.parallel import bootstrap, rendezvous
 from megalm.parallel.rendezvous import meet, spans
@@ -140,7 +140,7 @@ def test_the_time_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 JOIN = """
 import sys
-from megalm.config.train import ClusterConfig
+from megalm.config.cluster import ClusterConfig
 from megalm.errors import MegalmError
 from megalm.parallel.bootstrap import start_process_group
 try:

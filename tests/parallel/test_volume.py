@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 
+from megalm.config.cluster import ClusterConfig
 from megalm.config.data import DataConfig
 from megalm.config.model import ModelConfig
 from megalm.config.parallel import ParallelConfig, parse_layout
 from megalm.config.run import RunConfig
-from megalm.config.train import ClusterConfig, TrainConfig
+from megalm.config.train import TrainConfig
 from megalm.models.plans import PLANS
 from megalm.models.shapes import stage_shapes
 from megalm.parallel.schedules import build_schedule

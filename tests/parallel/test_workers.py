@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megalm.config.cluster import ClusterConfig
 from megalm.config.run import RunConfig
-from megalm.config.train import ClusterConfig, TrainConfig
+from megalm.config.train import TrainConfig
 from megalm.errors import ConfigError, RunError
 from megalm.parallel.forked import Fork
 from megalm.parallel.workers import Starter, in_worker, make_folder, note_error, start_process, start_workers
@@ -205,7 +206,8 @@ def test_notes_of_an_earlier_run_are_not_shown_again(tmp_path):
 def test_sigterm_to_the_launcher_ends_its_workers(tmp_path):
     program = f"""
 from megalm.config.run import RunConfig
-from megalm.config.train import ClusterConfig, TrainConfig
+from megalm.config.cluster import ClusterConfig
+from megalm.config.train import TrainConfig
 from megalm.parallel.workers import start_workers
 config = RunConfig(train=TrainConfig(run_dir={str(tmp_path / "run")!r}), cluster=ClusterConfig(num_processes=2, device="cpu"))
 start_workers("dummy_run.worker", ["hang", {str(tmp_path)!r}], config, True)

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from megalm.checkpoint.state import RunState
+from megalm.config.cluster import ClusterConfig
 from megalm.config.data import DataConfig
 from megalm.config.model import ModelConfig
 from megalm.config.optim import OptimConfig
 from megalm.config.parallel import ParallelConfig, parse_layout
 from megalm.config.run import RunConfig
-from megalm.config.train import ClusterConfig, TrainConfig
+from megalm.config.train import TrainConfig
 from megalm.data.corpus import corpus_of
 from megalm.data.indexed import IndexedWriter
 from megalm.parallel.ledger import Ledger

@@ -1,0 +1,82 @@
+"""The files through which a run, whoever starts and restarts it, and whoever watches it know of each other. No torch.
+
+    progress.json   where the run is, by rank 0, at most once a second; replaced whole, so a reader never sees half of it
+    events.jsonl    what happened: starts, checkpoints, failures, restarts, excluded machines; one line each, only added to
+    finished        the run has done its last step; whoever starts it again has nothing to do
+    logs/           what each start printed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+PROGRESS, EVENTS, FINISHED = "progress.json", "events.jsonl", "finished"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is. Steps are optimizer steps; times are seconds since the epoch."""
+
+    step: int
+    steps: int  # the last one
+    saved_step: int  # of the newest complete checkpoint; 0: none
+    time: float
+    attempt: str = "0"  # SLURM's restart and the agent's, as "2.1"
+    loss: float | None = None
+    tokens: int = 0  # consumed
+    tokens_per_second: float | None = None
+
+
+def write_progress(run_dir: Path, progress: Progress) -> None:
+    """Replace progress.json. Raises OSError."""
+    path = run_dir / PROGRESS
+    new = path.with_suffix(f".{os.getpid()}.tmp")
+    new.write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def read_progress(run_dir: Path) -> Progress | None:
+    """None where no run has written one yet, or what is there is not one."""
+    try:
+        values = json.loads((run_dir / PROGRESS).read_text(encoding="utf-8"))
+        return Progress(**values)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def note_event(run_dir: Path, kind: str, **details: Any) -> None:
+    """Add a line to events.jsonl: {"time", "kind", **details}. Several machines may: a line is one write, in append mode.
+
+    kinds: started, saved, stopping, failed, stalled, restarted, requeued, excluded, gave_up, finished.
+    """
+    line = json.dumps({"time": time.time(), "kind": kind, **details}, default=str) + "\n"
+    handle = os.open(run_dir / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def read_events(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """In order; a line that is cut off is left out."""
+    try:
+        text = (run_dir / EVENTS).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "kind" in event:
+            yield event
+
+
+def is_finished(run_dir: Path) -> bool:
+    return (run_dir / FINISHED).exists()
