@@ -45,9 +45,9 @@ def job_arguments(typed: list[str], config: Any) -> list[str]:
     from hydra.core.hydra_config import HydraConfig
 
     from megalm.config.fields import override
+    from megalm.launchers.sweep.point import files_and_flags
 
-    options = [text for text in typed if text.startswith("--") or not {"=", "~"} & set(text)]
-    keep = [text for text in options if text not in ("-m", "--multirun")]
+    keep = [text for text in files_and_flags(typed) if text not in ("-m", "--multirun")]
     return [*keep, *HydraConfig.get().overrides.task, override("train.run_dir", config.train.run_dir)]
 
 
@@ -60,15 +60,27 @@ def _run(verb: str, tasks: Task | Mapping[str, Task]) -> None:
     import hydra
 
     from megalm.launchers.compose import HYDRA_SETTINGS, SEARCH_PATH, inspect, parse
+    from megalm.launchers.slurm.plan import is_for_slurm
+    from megalm.launchers.sweep.command_line import inspect_sweep, with_launcher
+    from megalm.launchers.sweep.point import Sweep, files_and_flags
 
-    command = parse(verb, sys.argv[1:])
+    typed = sys.argv[1:]
+    many = verb == "pretrain" and bool({"-m", "--multirun"} & set(typed))
+    if many:
+        typed = with_launcher(typed, is_for_slurm(typed))
+    elif is_for_slurm(typed):
+        return _submit(verb, typed)
+    command = parse(verb, typed)
     if not (command.options.hydra_help or command.options.shell_completion):
-        _, problems = inspect(command)
+        config, problems = inspect_sweep(command, typed) if many else inspect(command)
+        if config is not None and not many and _named_slurm(config):  # a yaml file says so
+            return _submit(verb, typed)
         if problems:
             raise ConfigError(*problems)
 
     task = tasks[command.subverb] if isinstance(tasks, Mapping) else tasks
-    failures: list[MegalmError] = []
+    sweep = Sweep(verb, [text for text in files_and_flags(typed) if text not in ("-m", "--multirun")])
+    failures = sweep.failures
 
     def job(composed: Any) -> Any:
         try:
@@ -78,11 +90,23 @@ def _run(verb: str, tasks: Task | Mapping[str, Task]) -> None:
             failures.append(error)
             return None
 
+    job.__dict__["sweep"] = sweep  # Hydra hands the task to our launchers, and nothing else of ours
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # what is left to fail is a mistake of ours: show all of it
     sys.argv[1:] = [*command.argv, *HYDRA_SETTINGS, f"hydra.job.name={verb}"]
     hydra.main(version_base="1.3", config_path=SEARCH_PATH, config_name=verb)(job)()
     if failures:
         sys.exit(failures[0].exit_code)
+
+
+def _named_slurm(config: Any) -> bool:
+    cluster = getattr(config, "cluster", None)
+    return cluster is not None and cluster.name == "slurm"
+
+
+def _submit(verb: str, typed: list[str]) -> None:
+    from megalm.launchers.slurm.submit import submit_verb
+
+    submit_verb(verb, typed)
 
 
 def _typed(verb: str, composed: Any) -> Any:

@@ -17,6 +17,10 @@ VERBS = {
     "parity": "Prove that layouts compute what one rank computes.",
     "pipeline": "Draw a pipeline schedule, with its bubble and its memory, and compare all of them.",
     "kernels": "The GPU kernels: which would run here and why, whether they compile well, how fast they are.",
+    "status": "How a run is doing, from its folder: step, loss, speed, time to go, restarts, last events.",
+    "report": "Write a run as one HTML page: curves, time, memory, events, config, and what differs from a parent run.",
+    "sweep": "What came of the points of a sweep: table, pictures, the best one as a command.",
+    "slurm": "Run a verb as a job of a SLURM cluster, and follow it.",
 }
 SUBVERBS = {  # of a verb; the first is meant where none is typed
     "pipeline": {"show": "Draw the schedule and say what it costs."},
@@ -24,6 +28,14 @@ SUBVERBS = {  # of a verb; the first is meant where none is typed
         "explain": "Which implementation of each operation would run here, and why.",
         "compile": "Compile every kernel for every architecture, without a GPU; exit 1 if one spills registers.",
         "bench": "Time every operation beside its peers.",
+    },
+    "sweep": {"report": "Table, slices, parallel coordinates, and the best point as a command."},
+    "slurm": {
+        "render": "Print the script of the job.",
+        "submit": "Submit it; cluster=slurm on the verb's own command line does the same.",
+        "status": "What SLURM says of the jobs of a run, or of all of yours.",
+        "cancel": "End the jobs of a run.",
+        "logs": "What the jobs of a run have printed.",
     },
 }
 

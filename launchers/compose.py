@@ -44,6 +44,8 @@ MAX_CHECKED_JOBS = 32  # of a sweep, before it starts; every job is checked agai
 
 # Whose keys may stand alone; of any other verb, the sections of the names of its subverb and of itself.
 _OWN_SECTION = {"pretrain": "train"}
+# The key whose value may stand alone, being a folder: `megalm status RUN`.
+_FOLDER = {"status": "status.run_dir", "report": "report.run_dir", "sweep": "sweep.folder"}
 _PLAIN_DOLLAR = r"name a key of the config, or write \${...} for the text itself"
 
 
@@ -105,7 +107,7 @@ def inspect(command: Command) -> tuple[Any, list[Problem]]:
     problems = list(command.problems)
     overrides = [override for override in command.overrides if _is_sound(override, command, loader, problems)]
     configs = []
-    for job in _jobs(overrides):
+    for job in override_lists(overrides):
         config, found = _inspect_job(command, loader, job)
         configs += [config] if config is not None else []
         problems += [problem for problem in found if problem not in problems]
@@ -173,6 +175,12 @@ def _unknown_flag(flag: str) -> Problem:
 
 
 def _add_override(command: Command, text: str) -> None:
+    folder = _FOLDER.get(command.verb, "")
+    if folder and ("=" not in text or Path(text).is_dir()) and not text.startswith(("~", "-")):
+        if any(override.key_or_group == folder for override in command.overrides):
+            command.problems.append(Problem(text, None, f"{folder} has been given already", fix="one folder at a time"))
+            return
+        text = f"{folder}={text}"
     key, equals, value = text.partition("=")
     known = known_keys(ROOTS[command.verb])
     sections = (command.subverb, _OWN_SECTION.get(command.verb, command.verb))
@@ -280,12 +288,19 @@ def _unknown_option(group: str, name: str, options: list[str]) -> Problem:
     return Problem(group, name, f"no such option{hint}", ", ".join(options) + forms, f"{group}={guess or fallback}")
 
 
-def _jobs(overrides: list[Override]) -> Iterable[list[str]]:
-    """The override lists of the jobs of a sweep; one job if there is no sweep."""
+def override_lists(overrides: list[Override]) -> Iterable[list[str]]:
+    """The overrides of each job of a sweep, of an interval its ends; one job if there is no sweep."""
     fixed = [_text(o) for o in overrides if not o.is_sweep_override()]
-    swept = [o for o in overrides if o.is_sweep_override() and o.is_discrete_sweep()]
-    choices = [[f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] for o in swept]
+    swept = [o for o in overrides if o.is_sweep_override()]
+    choices = [[f"{o.get_key_element()}={value}" for value in _swept_values(o)] for o in swept]
     return ([*fixed, *job] for job in itertools.islice(itertools.product(*choices), MAX_CHECKED_JOBS))
+
+
+def _swept_values(override: Override) -> Iterable[str]:
+    if override.is_discrete_sweep():
+        return override.sweep_string_iterator()
+    ends: Any = override.value()
+    return [str(ends.start), str(ends.end)]
 
 
 def _inspect_job(command: Command, loader: ConfigLoaderImpl, overrides: list[str]) -> tuple[Any, list[Problem]]:

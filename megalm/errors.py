@@ -76,7 +76,7 @@ class RunError(MegalmError):
     """A run that cannot go on: a port in use, a worker that died, a loss that is no longer finite."""
 
     kind = "run error"
-    exit_code = ExitCode.FAILED
+    exit_code: int = ExitCode.FAILED
 
 
 class HopelessError(RunError):

@@ -4,6 +4,11 @@
     events.jsonl    what happened: starts, checkpoints, failures, restarts, excluded machines; one line each, only added to
     finished        the run has done its last step; whoever starts it again has nothing to do
     logs/           what each start printed
+
+A run that is a point of a sweep has more:
+    point.json      its settings and its command, by whoever started the sweep
+    prune           put there by a search: the point is not worth going on with
+    result.json     what came of it
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRESS, EVENTS, FINISHED = "progress.json", "events.jsonl", "finished"
+POINT, PRUNE, RESULT = "point.json", "prune", "result.json"
 
 
 @dataclass(frozen=True)
@@ -80,3 +86,45 @@ def read_events(run_dir: Path) -> Iterator[dict[str, Any]]:
 
 def is_finished(run_dir: Path) -> bool:
     return (run_dir / FINISHED).exists()
+
+
+def note_finished(run_dir: Path, step: int, steps: int, patience: int) -> None:
+    """Say that nothing is left to do, and of which goal: `train.steps` and `train.patience`. Raises OSError."""
+    new = run_dir / f"{FINISHED}.tmp"
+    new.write_text(json.dumps({"step": step, "steps": steps, "patience": patience, "time": time.time()}) + "\n", encoding="utf-8")
+    new.replace(run_dir / FINISHED)
+
+
+def finished_step(run_dir: Path, steps: int, patience: int) -> int | None:
+    """The last step of a run that has reached this very goal; None if it has not, or had another one."""
+    try:
+        found = json.loads((run_dir / FINISHED).read_text(encoding="utf-8"))
+        return int(found["step"]) if (found["steps"], found["patience"]) == (steps, patience) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a point of a sweep."""
+
+    value: float  # nats per token: the best validation loss, or where nothing was evaluated the recent training loss
+    step: int
+    status: str  # finished or pruned
+    metric: str = "loss"  # or valid_loss
+
+
+def write_result(run_dir: Path, result: Result) -> None:
+    """Replace result.json. Raises OSError."""
+    new = run_dir / f"{RESULT}.tmp"
+    new.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
+    new.replace(run_dir / RESULT)
+
+
+def read_result(run_dir: Path) -> Result | None:
+    """None where there is none yet."""
+    try:
+        values = json.loads((run_dir / RESULT).read_text(encoding="utf-8"))
+        return Result(float(values["value"]), int(values["step"]), str(values["status"]), str(values["metric"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,4 +1,4 @@
-"""Tests that need a machine which is not here are skipped, and say why; those that take an hour wait to be asked for.
+"""Tests that need a machine which is not here are skipped, and say why; those that take long wait to be asked for.
 
 Every process gets one CPU thread.
 """
@@ -20,9 +20,16 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def _has_slurm() -> bool:
+    """A cluster, or what it takes to start one of namespaces. MEGALM_REQUIRE_SLURM: where neither is, the tests fail."""
+    if "SLURM_CONF" in os.environ or "MEGALM_REQUIRE_SLURM" in os.environ:
+        return True
+    return os.geteuid() == 0 and all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged", "sbatch"))
+
+
 NEEDS = {
     "gpu": (_has_gpu, "no CUDA device"),
-    "slurm": (lambda: shutil.which("sbatch") is not None, "no SLURM here"),
+    "slurm": (_has_slurm, "no SLURM: SLURM_CONF is not set, and to start a cluster needs root, slurmctld, slurmd and munge"),
 }
 
 
@@ -31,6 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         asked = [item for item in items if not item.get_closest_marker("matrix")]
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("matrix")])
         items[:] = asked
+    if "slurm" not in config.option.markexpr:  # lost nodes and the like, half a minute or more each
+        faults = [item for item in items if item.get_closest_marker("slurm") and item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=faults)
+        items[:] = [item for item in items if item not in faults]
     for marker, (is_there, reason) in NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and not is_there():

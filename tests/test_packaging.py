@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 # Distributions whose module has another name, and modules that are looked for and never required.
 MODULE_OF = {"hydra-core": "hydra", "pyyaml": "yaml", "pytest-timeout": "pytest_timeout"}
+PLUGINS = "megalm.launchers.hydra.hydra_plugins"
 PROBED = {"apex", "amp_C"}
 
 
@@ -54,8 +56,20 @@ def test_every_package_is_listed():
 @pytest.mark.parametrize("package", SETUPTOOLS["packages"])
 def test_every_package_can_be_imported(package):
     folder = package_folder(package)
+    if package == PLUGINS:  # a namespace, which Hydra shares between all that bring plugins
+        assert not (folder / "__init__.py").exists() and not (folder.parent / "__init__.py").exists()
+        return
     assert (folder / "__init__.py").is_file()
     assert Path(importlib.import_module(package).__file__ or "").parent == folder
+
+
+def test_hydra_finds_every_plugin():
+    """In a process that has imported megalm.launchers and nothing else of ours; from a wheel as from the checkout."""
+    code = "import megalm.launchers; from hydra.core.plugins import Plugins; from hydra.plugins.plugin import Plugin; "
+    code += "print(*(p.__module__ for p in Plugins.instance().discover(Plugin)))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
+    files = {f"hydra_plugins.{file.stem}" for file in package_folder(PLUGINS).glob("*.py")}
+    assert files and files <= set(said.split())
 
 
 def test_what_must_not_be_a_package_is_none():

@@ -24,7 +24,7 @@ from pathlib import Path
 FLOORS: list[tuple[str, list[str]]] = [
     ("F8", ["megalm.launchers"]),
     ("F7", ["megalm.train"]),
-    ("F6", ["megalm.evaluate", "megalm.compress", "megalm.plan", "megalm.serve"]),
+    ("F6", ["megalm.evaluate", "megalm.compress", "megalm.plan", "megalm.serve", "megalm.observe"]),
     ("F5", ["megalm.inference"]),
     ("F4", ["megalm.checkpoint"]),
     ("F3", ["megalm.models", "megalm.objectives", "megalm.optim"]),
@@ -42,7 +42,7 @@ STANDS_ON = {  # the closest room counts; apex is a peer, used where it happens 
     "megalm_kernels.benchmarks": {"megalm_kernels", "torch", "matplotlib"},  # other peers by name, where they are installed
 }
 HEAVY = {"torch", "triton", "deepspeed"}
-NO_TORCH = ["megalm.config", "megalm.errors", "megalm.runfolder"]  # never, also not inside a function
+NO_TORCH = ["megalm.config", "megalm.errors", "megalm.runfolder", "megalm.observe"]  # never, also not inside a function
 NO_TORCH_AT_START = ["megalm.launchers", "megalm.doctor"]  # inside a function only: a bad config dies in a second
 CHECKOUT_ONLY = {"launchers", "conf", "kernels", "tools", "tests", "slurm", "benchmarks"}
 SOURCES = {

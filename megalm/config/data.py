@@ -21,6 +21,12 @@ class DataConfig:
         False, "documents packed into one sample do not see each other: attention stays in a document, positions start anew"
     )
     split: str = knob("0.98,0.02,0", "shares of the documents for training, validation and test")
+    fold: int = knob(
+        -1,
+        "cross-validation: the part of the documents, counted from 0, that validates while the others train; -1: none",
+        minimum=-1,
+    )
+    num_folds: int = knob(5, "equal parts that data.fold counts; data.split then only says what is left for testing", minimum=2)
     seed: int = knob(1234, "order of documents and samples", minimum=0)
 
 

@@ -11,7 +11,7 @@ from megalm.config.knobs import knob, section
 from megalm.config.model import ModelConfig
 from megalm.config.optim import OptimConfig
 from megalm.config.parallel import ParallelConfig
-from megalm.config.tasks import DoctorRun, GenerateRun, KernelsRun, PipelineRun, PrepareRun
+from megalm.config.tasks import DoctorRun, GenerateRun, KernelsRun, PipelineRun, PrepareRun, ReportRun, StatusRun, SweepRun
 from megalm.config.train import CheckpointConfig, TrackingConfig, TrainConfig
 
 
@@ -82,4 +82,7 @@ ROOTS: dict[str, type] = {
     "parity": ParityRun,
     "pipeline": PipelineRun,
     "kernels": KernelsRun,
+    "status": StatusRun,
+    "report": ReportRun,
+    "sweep": SweepRun,
 }

@@ -65,6 +65,56 @@ class DoctorRun:
 
 
 @dataclass
+class StatusConfig:
+    """How a run is doing."""
+
+    run_dir: str = knob("runs/pretrain", "folder of the run; it may stand alone: megalm status RUN", empty=False)
+    watch: bool = knob(False, "look again and again, until the run is over or Ctrl-C")
+    seconds: float = knob(2.0, "watch: between two looks", minimum=0.2)
+    events: int = knob(6, "last events to show", minimum=0)
+    output: str = knob("text", "how to print; json: one object, with watch one per line", allowed=("text", "json"))
+
+
+@dataclass
+class StatusRun:
+    """Root of `megalm status`."""
+
+    status: StatusConfig = section(StatusConfig)
+
+
+@dataclass
+class ReportConfig:
+    """A run as one HTML page."""
+
+    run_dir: str = knob("runs/pretrain", "folder of the run; it may stand alone: megalm report RUN", empty=False)
+    parent: str = knob("", "folder of another run, to set its curves and its settings beside this one's; empty: none")
+    output: str = knob("", "the page; empty: RUN_DIR/report.html")
+
+
+@dataclass
+class ReportRun:
+    """Root of `megalm report`."""
+
+    report: ReportConfig = section(ReportConfig)
+
+
+@dataclass
+class SweepConfig:
+    """What came of the points of a sweep."""
+
+    folder: str = knob("multirun", "hydra.sweep.dir of the sweep; it may stand alone: megalm sweep report FOLDER", empty=False)
+    rows: int = knob(20, "of the table on the terminal, the best ones; 0: all", minimum=0)
+    output: str = knob("", "the page; empty: FOLDER/report.html. The PNGs lie beside it")
+
+
+@dataclass
+class SweepRun:
+    """Root of `megalm sweep`."""
+
+    sweep: SweepConfig = section(SweepConfig)
+
+
+@dataclass
 class PipelineConfig:
     """Look at a pipeline schedule without running it."""
 

@@ -10,10 +10,12 @@ from megalm.config import (
     context_rules,
     expert_rules,
     fields,
+    fold_rules,
     kernel_rules,
     latent_rules,
     memory_rules,
     schedule_rules,
+    slurm_rules,
     stage_split,
     zero_rules,
 )
@@ -229,6 +231,8 @@ RULES: tuple[Rule, ...] = (
     *latent_rules.RULES,
     *expert_rules.RULES,
     *memory_rules.RULES,
+    *slurm_rules.RULES,
+    *fold_rules.RULES,
     Rule(
         "batch_divides",
         ("train.global_batch_size", "train.micro_batch_size", "data parallel copies"),
@@ -248,7 +252,7 @@ RULES: tuple[Rule, ...] = (
         "eval_has_data",
         ("train.eval_every", "data.split"),
         "evaluation needs a validation share > 0, the second number of data.split",
-        lambda c: c.train.eval_every == 0 or (split_shares(c.data.split) or (1, 1, 0))[1] > 0,
+        lambda c: c.train.eval_every == 0 or c.data.fold >= 0 or (split_shares(c.data.split) or (1, 1, 0))[1] > 0,
         lambda c: [_SHARES, ("train.eval_every", 0)],
     ),
     needs(

@@ -13,7 +13,7 @@ from megalm.config.data import DataConfig
 from megalm.config.fields import assign
 from megalm.config.run import RunConfig
 from megalm.data.indexed import IndexedDataset, data_error
-from megalm.data.packing import SPLITS, GPTDataset, parse_split, split_documents
+from megalm.data.packing import SPLITS, GPTDataset, fold_documents, parse_split, split_documents
 from megalm.data.sources import file_sha256
 from megalm.data.tokenize import TOKENIZER, entropy, read_manifest
 from megalm.data.tokenizer import Tokenizer
@@ -41,13 +41,15 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """Hex sha256 of everything that decides what sample n is; a checkpoint stores it, a resumed run compares it."""
-        parts = {
+        parts: dict[str, Any] = {
             "idx": file_sha256(self.indexed.idx_path),
             "bin_bytes": self.indexed.bin_path.stat().st_size,
             "split": [round(share, 9) for share in parse_split(self.config.split)],
             "seed": self.config.seed,
             "seq_length": self.config.seq_length,
         }
+        if self.config.fold >= 0:
+            parts["fold"] = [self.config.fold, self.config.num_folds]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -82,11 +84,15 @@ def _cut_splits(config: DataConfig, indexed: IndexedDataset, evaluates: bool) ->
     shares = dict(zip(SPLITS, parse_split(config.split), strict=True))
     without_test = assign("data.split", ",".join([*config.split.split(",")[:2], "0"]))
     remedies = {"train": "", "valid": "train.eval_every=0", "test": without_test}
+    dealt = split_documents(indexed, config.split, config.seed)
+    if config.fold >= 0:
+        dealt = fold_documents(indexed, config.split, config.seed, config.fold, config.num_folds)
+        shares["valid"], remedies["valid"] = 1 / config.num_folds, "data.num_folds=2"
     return {
         name: GPTDataset(indexed, config.seq_length, documents, config.seed, name, remedies[name])
         if name == "train" or (evaluates and shares[name] > 0)
         else None
-        for name, documents in split_documents(indexed, config.split, config.seed).items()
+        for name, documents in dealt.items()
     }
 
 

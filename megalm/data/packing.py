@@ -49,6 +49,21 @@ def parse_split(split: str) -> list[float]:
     return [share / sum(shares) for share in shares]
 
 
+def fold_documents(indexed: IndexedDataset, split: str, seed: int, fold: int, num_folds: int) -> dict[str, np.ndarray]:
+    """Document numbers of `train`, `valid` and `test`, (n,), in cross-validation: part `fold` of `num_folds` validates.
+
+    The parts are consecutive in the seeded order and hold about as many tokens each; the test share is that of `split`, so
+    every fold has the same test documents, and each other document validates in one fold exactly.
+    """
+    dealt = split_documents(indexed, split, seed)
+    order = np.concatenate((dealt["train"], dealt["valid"]))
+    ends = np.cumsum(indexed.document_lengths[order])
+    total = int(ends[-1]) if len(ends) else 0
+    first, last = (_nearest_border(ends, total * part / num_folds) for part in (fold, fold + 1))
+    valid, rest = order[first:last], np.concatenate((order[:first], order[last:]))
+    return {"train": rest, "valid": valid, "test": dealt["test"]}
+
+
 def split_documents(indexed: IndexedDataset, split: str, seed: int) -> dict[str, np.ndarray]:
     """Deal the documents out to `train`, `valid` and `test`: document numbers of each, (n,).
 

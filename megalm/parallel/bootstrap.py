@@ -7,10 +7,8 @@ addresses there and fails ("Connection refused").
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch.distributed as dist
 
 from megalm.config.cluster import ClusterConfig
 from megalm.errors import ConfigError, Problem, RunError
+from megalm.parallel.heartbeat import start_heartbeat
 from megalm.parallel.rendezvous import meet
 
 _SETTLE_SECONDS = 0.3  # gloo's threads must let go of Python objects before the interpreter ends, or it aborts
@@ -43,7 +42,8 @@ class Place:
 def find_place(environ: dict[str, str]) -> Place:
     """Read torchrun's variables (also set by our own launcher), else srun's, else: one process."""
     served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = environ.get("TORCHELASTIC_RESTART_COUNT") or environ.get("SLURM_RESTART_COUNT") or "0"
+    counts = ("MEGALM_ATTEMPT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    attempt = next((environ[name] for name in counts if environ.get(name)), "0")
     if "RANK" in environ:
         missing = [k for k in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in environ]
         if missing:
@@ -72,7 +72,7 @@ def start_process_group(config: ClusterConfig, settings: Mapping[str, Any] | Non
     """
     place = find_place(dict(os.environ))
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed asserts it
-    _die_with_parent()
+    start_heartbeat()
     use_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device = _find_gpu(place) if use_gpu else torch.device("cpu")
     if use_gpu:
@@ -143,10 +143,3 @@ def stop_process_group() -> None:
         if dist.get_backend() == "gloo" and dist.get_world_size() > 1:
             time.sleep(_SETTLE_SECONDS)
         dist.destroy_process_group()
-
-
-def _die_with_parent() -> None:
-    """Linux: if the launcher is killed, its workers get SIGTERM instead of holding the machine."""
-    if "MEGALM_LAUNCHER" in os.environ and hasattr(ctypes, "CDLL"):
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

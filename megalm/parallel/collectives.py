@@ -21,12 +21,22 @@ from torch import Tensor
 from megalm.parallel.topology import Group
 
 # torch 2.13 renamed the two; the old names warn there and the new ones are missing before.
-_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 
 Meanwhile = Callable[[], None]
 """Work to do while a collective is on its way."""
+
+
+def _all_gather_flat(*args: Any, **kwargs: Any) -> Any:
+    """Looked up at every call, for a heartbeat may have wrapped it by then (heartbeat.py)."""
+    return getattr(dist, _ALL_GATHER)(*args, **kwargs)
+
+
+def _reduce_scatter_flat(*args: Any, **kwargs: Any) -> Any:
+    """Looked up at every call."""
+    return getattr(dist, _REDUCE_SCATTER)(*args, **kwargs)
 
 
 def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM, meanwhile: Meanwhile | None = None) -> Tensor:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megalm.parallel.workers import be_worker
+
 
 class ForkedWorker:
     """One rank's process, with the methods of `subprocess.Popen` that the launcher uses."""
@@ -30,6 +32,11 @@ class ForkedWorker:
         with _without_main():
             self.process.start()
 
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None, "it has been started"
+        return self.process.pid
+
     def poll(self) -> int | None:
         return self.process.exitcode
 
@@ -38,9 +45,6 @@ class ForkedWorker:
         if self.process.exitcode is None:
             raise subprocess.TimeoutExpired("a forked worker", timeout or 0.0)
         return self.process.exitcode
-
-    def terminate(self) -> None:
-        self.process.terminate()
 
     def kill(self) -> None:
         self.process.kill()
@@ -84,6 +88,8 @@ class _Run:
         self.module, self.arguments, self.environ, self.log_file, self.first = module, arguments, environ, log_file, first
 
     def __call__(self) -> None:
+        os.setsid()
+        be_worker()
         if self.log_file is not None:
             file = os.open(self.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             os.dup2(file, 1)

@@ -14,7 +14,8 @@ from megalm.checkpoint.sharded import LATEST
 from megalm.checkpoint.state import save_checkpoint
 from megalm.errors import writing
 from megalm.log import log
-from megalm.train.metrics import SpeedMeter, peak_memory_bytes
+from megalm.parallel import heartbeat
+from megalm.train.metrics import Speed, SpeedMeter, peak_memory_bytes
 from megalm.train.tracking import Tracker
 from megalm.train.trainer import Hook, StepResult, Trainer, as_record, check_finite
 
@@ -41,6 +42,7 @@ class Logging(Hook):
     def __init__(self, trackers: list[Tracker]):
         self.trackers = trackers
         self.file: TextIO | None = None
+        self.speed: Speed | None = None  # as last measured
 
     def on_start(self, trainer: Trainer) -> None:
         self.losses: deque[float] = deque(maxlen=trainer.config.train.log_every)
@@ -66,7 +68,8 @@ class Logging(Hook):
         if result.loss_scale is not None:
             record |= {"loss_scale": result.loss_scale, "skipped": result.skipped}
         if step % trainer.config.train.log_every == 0 or step == trainer.config.train.steps:
-            speed, memory = self.meter.read(), peak_memory_bytes(device)
+            self.speed = speed = self.meter.read()
+            memory = peak_memory_bytes(device)
             record |= {**vars(speed), "memory_bytes": memory, "time": time.time()}
             flops = f"{speed.tflops_per_rank:.3f} TFLOP/s per rank" + (f"  mfu {speed.mfu:.1%}" if speed.mfu else "")
             log(
@@ -107,7 +110,8 @@ class Evaluating(Hook):
         if not config.eval_every or state.step % config.eval_every:
             return
         start = time.perf_counter()
-        evaluation = trainer.evaluate()
+        with heartbeat.during("evaluate"):
+            evaluation = trainer.evaluate()
         bits = f"  {evaluation.bits_per_byte:.4f} bits per byte" if evaluation.bits_per_byte is not None else ""
         log(
             f"step {state.step:>6}  validation loss {evaluation.loss:.4f}  perplexity {evaluation.perplexity:.2f}{bits}"
@@ -124,28 +128,32 @@ class Evaluating(Hook):
 
 
 class Checkpointing(Hook):
-    """Every `save_every` steps and after the last one; with `save_first` also before the first."""
+    """Every `save_every` steps and after the last one, also if a signal made it that; with `save_first` before the first."""
 
     def __init__(self, config: dict[str, Any], logging: Logging):
         self.config, self.logging = config, logging
+        self.resumed_step = self.saved_step = 0  # of the run's own newest checkpoint: when it started, and now
+        self.seconds = 0.0  # that the last one took
 
     def on_start(self, trainer: Trainer) -> None:
         resumed = (self._root(trainer) / LATEST).is_file()  # from the very one: not to be replaced
+        self.resumed_step = self.saved_step = trainer.state.step if resumed else 0
         if trainer.config.checkpoint.save_first and trainer.state.step == 0 and not resumed:
             self._save(trainer)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         step, every = trainer.state.step, trainer.config.checkpoint.save_every
-        is_last = step == trainer.config.train.steps or trainer.state.stopped_early
-        if is_last or (every and step % every == 0):
+        if trainer.is_done or trainer.interrupted or (every and step % every == 0):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         start = time.perf_counter()
-        folder = save_checkpoint(self._root(trainer), trainer.engine, trainer.state, self.config, trainer.config.checkpoint.keep)
-        seconds = time.perf_counter() - start
-        log(f"step {trainer.state.step:>6}  saved {folder} in {seconds:.2f} s")
-        self.logging.meter.pause(seconds)
+        root, keep = self._root(trainer), trainer.config.checkpoint.keep
+        with heartbeat.during("save"):
+            folder = save_checkpoint(root, trainer.engine, trainer.state, self.config, keep)
+        self.saved_step, self.seconds = trainer.state.step, time.perf_counter() - start
+        log(f"step {trainer.state.step:>6}  saved {folder} in {self.seconds:.2f} s")
+        self.logging.meter.pause(self.seconds)
 
     def _root(self, trainer: Trainer) -> Path:
         return Path(trainer.config.train.run_dir) / "checkpoints"

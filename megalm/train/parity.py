@@ -23,10 +23,11 @@ from megalm.config.machine import processes, uses_cuda
 from megalm.config.run import ParityRun, RunConfig
 from megalm.config.validate import expand_layouts, validate
 from megalm.data.indexed import IndexedWriter
-from megalm.errors import ConfigError, MegalmError, Problem, RunError
+from megalm.errors import ConfigError, ExitCode, MegalmError, Problem, RunError
 from megalm.log import log
+from megalm.parallel.agent import start_workers
 from megalm.parallel.forked import Fork
-from megalm.parallel.workers import Starter, make_folder, start_process, start_workers
+from megalm.parallel.workers import Starter, make_folder, start_process
 from megalm.train.comparison import ZERO_GRADIENT, Comparison, compare
 from megalm.train.divergence import name_first
 from megalm.train.parity_report import Table, header, row, write_report
@@ -167,7 +168,8 @@ def start_layout(run: RunConfig, start: Starter) -> None:
     """Train one layout in its own processes, quietly."""
     path = Path(run.train.run_dir).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(asdict(run), sort_keys=False))
-    start_workers("megalm.launchers.pretrain", [str(path)], run, quiet=True, start=start)
+    if start_workers("megalm.launchers.pretrain", [str(path)], run, quiet=True, start=start) != ExitCode.FINISHED:
+        raise KeyboardInterrupt  # it was asked to stop, and so are we
 
 
 def name_module(suite: Suite, layout: str, step: int, start: Starter) -> str:

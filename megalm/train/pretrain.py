@@ -19,10 +19,12 @@ from megalm.config.fields import flatten
 from megalm.config.parallel import layout_name
 from megalm.config.run import RunConfig
 from megalm.data.corpus import Corpus, corpus_of
-from megalm.errors import CheckpointError, ConfigError, Problem, RunError, writing
+from megalm.errors import CheckpointError, ConfigError, ExitCode, Problem, RunError, writing
 from megalm.log import close_log, log, open_log, this_rank
 from megalm.models.count import count_parameters
 from megalm.parallel.bootstrap import be_deterministic, start_process_group, stop_process_group
+from megalm.parallel.heartbeat import name_groups
+from megalm.parallel.signals import StopRequest
 from megalm.parallel.topology import Topology, build_topology
 from megalm.parallel.workers import make_folder, note_error
 from megalm.train.build import build_job
@@ -31,31 +33,43 @@ from megalm.train.forecast import describe_memory
 from megalm.train.hooks import Checkpointing, Evaluating, Logging, ProgressBar
 from megalm.train.kernels import choose_kernels, describe, facts_of
 from megalm.train.measuring import Measuring
+from megalm.train.progress import Beating, Reporting, note_failure
+from megalm.train.pruning import Pruning
 from megalm.train.record import Recording
 from megalm.train.routing import Routing
+from megalm.train.stopping import Stopping
 from megalm.train.trace import Tracing
 from megalm.train.tracking import build_trackers
 from megalm.train.trainer import Hook, Trainer
 from megalm_kernels import Choice
 
 
-def pretrain(config: RunConfig) -> None:
-    """Train as `config` says, on the ranks that have been started. Raises MegalmError for what a user can mend."""
+def pretrain(config: RunConfig, stop: StopRequest | None = None) -> ExitCode:
+    """Train as `config` says, on the ranks that have been started. Raises MegalmError for what a user can mend.
+
+    Returns FINISHED, or SAVED if it was asked to stop. `stop` of a caller who listens already; None: it listens itself.
+    """
+    if stop is None:
+        with StopRequest() as stop:
+            return pretrain(config, stop)
     run_dir, lock = Path(config.train.run_dir), None
     try:
         make_folder(run_dir)
         with writing(run_dir):
             lock = lock_folder(run_dir) if this_rank() == 0 else None
-            open_log(run_dir / "logs")
+            open_log(Path(os.environ.get("MEGALM_LAUNCHER", run_dir / "logs")))
         if config.train.deterministic:
             be_deterministic()
         device = start_process_group(config.cluster, flatten(config))
         config.cluster.num_processes = dist.get_world_size()
         torch.manual_seed(config.train.seed)  # nothing draws from it; what does one day is the same each time
-        _train(config, run_dir, device)
+        code = _train(config, run_dir, device, stop)
         stop_process_group()
+        return code
     except BaseException as error:
         note_error(error)
+        if lock is not None and isinstance(error, Exception):
+            note_failure(run_dir, error, this_rank())
         raise
     finally:
         close_log()
@@ -82,13 +96,14 @@ def lock_folder(run_dir: Path) -> TextIO:
     return file
 
 
-def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
+def _train(config: RunConfig, run_dir: Path, device: torch.device, stop: StopRequest) -> ExitCode:
     resolved = asdict(config)
     corpus = corpus_of(config)
     source = find_source(config, run_dir)
     if source is not None and _is_finished(config, source):
-        return
+        return ExitCode.FINISHED
     topology = build_topology(config.parallel, device, timedelta(seconds=config.cluster.timeout_seconds))
+    name_groups(topology)
     used = config.kernels.operations()
     choices = choose_kernels(config.kernels, device.type, facts_of(config))
     choices = [choice for choice in choices if choice.operation in used]
@@ -107,18 +122,30 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
             if corpus.tokenizer is not None:  # the run's own copy: a corpus may be made anew, or stay behind
                 corpus.tokenizer.save(run_dir / "tokenizer.json")
-    logging = Logging(build_trackers(config, resolved) if topology.rank == 0 else [])
+    logging = Logging(build_trackers(config, resolved, state.step) if topology.rank == 0 else [])
     hooks: list[Hook] = [Counting(), Measuring(logging), Tracing(), ProgressBar(), logging, Evaluating(logging)]
-    hooks.append(Checkpointing(resolved, logging))
+    checkpointing = Checkpointing(resolved, logging)
+    reporting = Reporting(logging, checkpointing)
+    pruning = Pruning(logging)
+    hooks += [Stopping(stop), pruning, checkpointing, reporting, Beating()]
     if config.model.num_experts:
         hooks.insert(hooks.index(logging) + 1, Routing(logging))
     if config.train.record:
         hooks.append(Recording(Path(config.train.record), config.train.record_step))
-    Trainer(job, state, hooks).fit()
+    trainer = Trainer(job, state, hooks)
+    trainer.fit()
+    if trainer.interrupted:
+        log(f"stopped at step {state.step} of {config.train.steps}, and saved; the same command goes on from there")
+        return ExitCode.SAVED
+    pruning.finish(trainer)
+    if pruning.pruned:
+        return ExitCode.FINISHED
+    reporting.finish(trainer)
     unigram = corpus.unigram_entropy
     yardstick = f", {_side(logging.recent_loss, unigram)} the corpus's unigram entropy of {unigram:.4f}" if unigram else ""
     log(f"training loss {logging.recent_loss:.4f} nats per token over the last {len(logging.losses)} steps{yardstick}")
     log(f"done: step {state.step} of {config.train.steps}, {state.consumed_tokens:,} tokens; everything is in {run_dir}")
+    return ExitCode.FINISHED
 
 
 def _side(loss: float, unigram: float) -> str:

@@ -66,15 +66,21 @@ class Trainer:
     def __init__(self, job: Job, state: RunState, hooks: Sequence[Hook]):
         self.job, self.state, self.hooks = job, state, list(hooks)
         self.config, self.topology, self.engine = job.config, job.topology, job.engine
+        self.interrupted = False  # asked to stop (see stopping.py): the run is not done, and goes on another time
+
+    @property
+    def is_done(self) -> bool:
+        """No step is left to do."""
+        return self.state.step >= self.config.train.steps or self.state.stopped_early
 
     def fit(self) -> None:
-        """Train until `train.steps`, or until a hook sets `state.stopped_early`."""
+        """Train until `train.steps`, or until a hook sets `state.stopped_early` or `interrupted`."""
         started: list[Hook] = []
         try:
             for hook in self.hooks:
                 hook.on_start(self)
                 started.append(hook)
-            while self.state.step < self.config.train.steps and not self.state.stopped_early:
+            while not (self.is_done or self.interrupted):
                 for hook in self.hooks:
                     hook.before_step(self)
                 result = self.train_step()

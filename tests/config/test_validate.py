@@ -18,6 +18,8 @@ from megalm.errors import ConfigError, Problem
 
 # row of the table: a config that breaks it, as {dotted key: value}
 BREAKS: dict[str, dict[str, Any]] = {
+    "fold_counted": {"data.fold": 5},
+    "fold_evaluated": {"data.fold": 1, "train.eval_every": 0},
     "layout_fits": {"cluster.num_processes": 3, "parallel.tensor_parallel": 2},
     "kv_heads_per_head": {"model.num_kv_heads": 3},
     "hidden_per_head": {"model.num_heads": 3},
@@ -130,6 +132,18 @@ BREAKS: dict[str, dict[str, Any]] = {
     "loss_scale_used": {"train.loss_scale": 8.0},
     "loss_scale_window_used": {"train.loss_scale_window": 10},
     "accumulation_used": {"train.accumulate_fp32": False},
+    **{f"slurm_{name}": {f"slurm.{name}": "a\n#SBATCH --uid=0"} for name in ("job_name", "partition", "account", "qos")},
+    "slurm_reservation": {"slurm.reservation": "$(touch pwn)"},
+    "slurm_constraint": {"slurm.constraint": "a100;touch pwn"},
+    "slurm_exclude": {"slurm.exclude": "n1 --uid=0"},
+    "slurm_container": {"slurm.container": "image; touch pwn"},
+    "slurm_container_mounts": {"slurm.container": "image", "slurm.container_mounts": "`touch pwn`:/x"},
+    "slurm_setup": {"slurm.setup": "x.sh\ntouch pwn"},
+    "slurm_extra": {"slurm.extra": ["--mail-type=END", "--wrap=touch"]},
+    "slurm_saves_in_time": {"slurm.save_seconds": 600, "slurm.minutes": 10},
+    "slurm_ranks_fit": {"slurm.processes_per_node": 4, "slurm.gpus_per_node": 2},
+    "slurm_chain_used": {"slurm.chain": 3},
+    "slurm_mounts_used": {"slurm.container_mounts": "/data:/data"},
     "cuda_present": {"cluster.device": "cuda"},
     "gpu_each": {"cluster.num_processes": 4},  # on a machine with two GPUs
     "launched": {"cluster.num_processes": 4},  # under a launcher that started two

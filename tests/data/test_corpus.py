@@ -161,7 +161,14 @@ def test_fingerprint_names_what_decides_the_samples(prepared, bare):
     first = open_corpus(prepared, 270).fingerprint()
     assert first == open_corpus(replace(prepared, split="80,20,0"), 270).fingerprint()
     others = [replace(prepared, seed=1), replace(prepared, seq_length=8), replace(prepared, split="0.7,0.3,0"), bare]
-    assert len({first, *(open_corpus(config, 270).fingerprint() for config in others)}) == 5
+    others += [replace(prepared, fold=0, num_folds=2), replace(prepared, fold=1, num_folds=2)]
+    assert len({first, *(open_corpus(config, 270).fingerprint() for config in others)}) == 7
+
+
+def test_folds_share_the_documents_out(prepared):
+    folds = [open_corpus(replace(prepared, fold=fold, num_folds=2, split="1,0,0"), 270) for fold in (0, 1)]
+    validating = [set(fold.valid.documents.tolist()) for fold in folds]
+    assert validating[0] == set(folds[1].train.documents.tolist()) and not validating[0] & validating[1]
 
 
 def test_fingerprint_sees_where_documents_end(tmp_path):

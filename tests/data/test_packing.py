@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.data.indexed import IndexedDataset, IndexedWriter
-from megalm.data.packing import GPTDataset, parse_split, permutation, split_documents
+from megalm.data.packing import GPTDataset, fold_documents, parse_split, permutation, split_documents
 from megalm.errors import DataError
 
 
@@ -133,6 +133,21 @@ def test_split_is_seeded_and_close_to_the_shares(tmp_path):
     again, other = split_documents(indexed, "90,8,2", 5), split_documents(indexed, "90,8,2", 6)
     assert splits["valid"].tolist() == again["valid"].tolist() != other["valid"].tolist()
     assert splits["valid"].tolist() != sorted(splits["valid"].tolist())
+
+
+@given(st.lists(st.integers(1, 50), min_size=5, max_size=60), st.integers(2, 5))
+@settings(max_examples=50, deadline=None)
+def test_every_document_validates_in_one_fold_and_trains_in_the_others(tmp_path_factory, lengths, num_folds):
+    indexed = corpus(tmp_path_factory.mktemp("c"), lengths)
+    folds = [fold_documents(indexed, "0.7,0.1,0.2", 3, fold, num_folds) for fold in range(num_folds)]
+    test = split_documents(indexed, "0.7,0.1,0.2", 3)["test"].tolist()
+    left = sorted(set(range(len(lengths))) - set(test))
+    assert sorted(np.concatenate([fold["valid"] for fold in folds])) == left
+    share = int(indexed.document_lengths[left].sum()) / num_folds
+    for fold in folds:
+        assert fold["test"].tolist() == test
+        assert sorted([*fold["train"], *fold["valid"]]) == left
+        assert abs(int(indexed.document_lengths[fold["valid"]].sum()) - share) <= 50
 
 
 def test_a_small_share_gets_a_document(tmp_path):

@@ -72,7 +72,7 @@ def test_a_faulty_config_is_printed_by_one_rank(app: App) -> None:
 
 def test_sweep_gives_each_job_its_folder_and_its_arguments(app: App) -> None:
     task = "print(config.optim.lr, os.path.basename(config.train.run_dir), *job_arguments(typed, config)[:-1])"
-    run = app(task, "-m", "optim.lr=1e-3,3e-4", "train.steps=5")
+    run = app(task, "-m", "optim.lr=1e-3,3e-4", "train.steps=5", "hydra/launcher=basic")
     assert run.stdout.splitlines() == ["0.001 0 optim.lr=0.001 train.steps=5", "0.0003 1 optim.lr=0.0003 train.steps=5"], (
         run.stderr
     )

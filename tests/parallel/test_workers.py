@@ -16,8 +16,9 @@ from megalm.config.cluster import ClusterConfig
 from megalm.config.run import RunConfig
 from megalm.config.train import TrainConfig
 from megalm.errors import ConfigError, RunError
+from megalm.parallel.agent import start_workers
 from megalm.parallel.forked import Fork
-from megalm.parallel.workers import Starter, in_worker, make_folder, note_error, start_process, start_workers
+from megalm.parallel.workers import Starter, in_worker, make_folder, note_error, start_process
 
 WORKER = '''
 import os, signal, sys, time
@@ -25,12 +26,14 @@ from megalm.errors import DataError, Problem
 from megalm.parallel.workers import note_error
 
 rank, what, folder = int(os.environ["RANK"]), sys.argv[1], sys.argv[2]
+if what == "listen":
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
 if what == "deaf" and rank != 1:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 with open(os.path.join(folder, f"new-{rank}"), "w") as file:
     file.write(str(os.getpid()))
 os.rename(file.name, os.path.join(folder, f"pid-{rank}"))
-while what not in ("fine", "hang") and sum(name.startswith("pid-") for name in os.listdir(folder)) < 3:
+while what not in ("fine", "hang", "listen") and sum(name.startswith("pid-") for name in os.listdir(folder)) < 3:
     time.sleep(0.01)  # all are up before one fails
 print(f"hello from {rank} of {os.environ['WORLD_SIZE']}", flush=True)
 
@@ -203,21 +206,32 @@ def test_notes_of_an_earlier_run_are_not_shown_again(tmp_path):
         launch(tmp_path, "exit")
 
 
-def test_sigterm_to_the_launcher_ends_its_workers(tmp_path):
+@pytest.mark.parametrize(("what", "number", "times", "code"), [
+    ("listen", signal.SIGTERM, 1, 75), ("listen", signal.SIGUSR1, 1, 75), ("hang", signal.SIGINT, 2, 130),
+])  # fmt: skip
+def test_signals_to_the_launcher_end_its_workers(what, number, times, code, tmp_path):
+    """It passes them on; a second Ctrl-C ends those that do not listen."""
     program = f"""
 from megalm.config.run import RunConfig
 from megalm.config.cluster import ClusterConfig
 from megalm.config.train import TrainConfig
-from megalm.parallel.workers import start_workers
+from megalm.parallel.agent import start_workers
 config = RunConfig(train=TrainConfig(run_dir={str(tmp_path / "run")!r}), cluster=ClusterConfig(num_processes=2, device="cpu"))
-start_workers("dummy_run.worker", ["hang", {str(tmp_path)!r}], config, True)
+try:
+    code = start_workers("dummy_run.worker", [{what!r}, {str(tmp_path)!r}], config, True)
+except KeyboardInterrupt:
+    code = 130
+import sys
+sys.exit(code)
 """
     launcher = subprocess.Popen([sys.executable, "-c", program])
     deadline = time.monotonic() + 30
     while len(list(tmp_path.glob("pid-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(20) == 143
+    for _ in range(times):
+        launcher.send_signal(number)
+        time.sleep(0.2)
+    assert launcher.wait(20) == code
     assert alive(tmp_path) == []
 
 
@@ -268,5 +282,5 @@ def test_in_worker(environ, expected, monkeypatch):
 
 
 def test_the_launcher_imports_no_torch():
-    program = "import sys, megalm.parallel.workers; sys.exit('torch' in sys.modules)"
+    program = "import sys, megalm.parallel.agent; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -12,7 +12,7 @@ import yaml
 
 from megalm.checkpoint.sharded import LATEST, find_checkpoint
 from megalm.checkpoint.state import RunState
-from megalm.errors import CheckpointError, ConfigError, DataError, RunError
+from megalm.errors import CheckpointError, ConfigError, DataError, ExitCode, RunError
 from megalm.testing import run_distributed
 from megalm.train import pretrain as module
 from megalm.train.pretrain import find_source, pretrain
@@ -127,7 +127,7 @@ def test_command_line_bad_input_is_exit_2(make, command, corpus: Path, tmp_path:
     (tmp_path / "data" / "corpus.bin").write_bytes(b"\x00" * 10)
     damaged = command(make("damaged", {"data.path": str(tmp_path / "data" / "corpus")}))
     pretrain(make("run", {"train.steps": 1}))
-    other_model = command(make("run", {"model.num_layers": 3, "model.ffn_size": 64}))
+    other_model = command(make("run", {"model.num_layers": 3, "model.ffn_size": 64, "model.expert_ffn_size": 64}))
     (tmp_path / "file").write_text("")
     no_folder = command(make("other"), f"train.run_dir={tmp_path}/file/run")
     for done, parts in (
@@ -141,9 +141,9 @@ def test_command_line_bad_input_is_exit_2(make, command, corpus: Path, tmp_path:
             assert done.stderr.count(part) == 1, f"{part}, once: {done.stderr}"
 
 
-def test_command_line_a_loss_that_explodes_is_exit_1(make, command) -> None:
+def test_command_line_a_loss_that_explodes_is_exit_3(make, command) -> None:
     done = command(make("run", {"optim.warmup_steps": 0, "optim.lr": 1e30, "optim.clip": 0.0}))
-    assert done.returncode == 1
+    assert done.returncode == ExitCode.HOPELESS
     assert "run error" in done.stderr and "must stay finite" in done.stderr and "step 2" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 

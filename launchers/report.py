@@ -1,0 +1,42 @@
+"""Report: a run as one HTML page."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from megalm.config.tasks import ReportRun
+from megalm.errors import writing
+from megalm.launchers.app import run_verb
+
+
+def task(config: ReportRun) -> None:
+    """Writes the page, says where. Raises ConfigError if no run has written to a folder, RunError if it cannot be written."""
+    from megalm.observe.folder import find_run, read_run
+    from megalm.observe.page import render
+    from megalm.observe.verdict import is_alive
+
+    options = config.report
+    folder = find_run(Path(options.run_dir), "report.run_dir")
+    parent = find_run(Path(options.parent), "report.parent") if options.parent else None
+    path = Path(options.output or folder / "report.html")
+    run = read_run(folder)
+    page = render(run, read_run(parent) if parent is not None else None, time.time(), is_alive(run))
+    with writing(path, "report.output"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a reader never sees half of it
+        new.unlink(missing_ok=True)
+        with open(new, "x", encoding="utf-8") as file:  # x: not through a link that leads elsewhere
+            file.write(page)
+        new.replace(path)
+    print(path)
+
+
+def main() -> None:
+    """`megalm report ...`."""
+    run_verb("report", task)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Questions to SLURM by its own commands, each with a time limit: a controller that is down keeps a client waiting."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megalm.errors import Problem, RunError
+
+_SECONDS = 60.0  # a busy controller may take long; one that is down has been given up by then
+LIVE = {
+    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",
+    "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "PREEMPTED", "RESV_DEL_HOLD",
+}  # fmt: skip
+AT_WORK = LIVE - {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+_SECRET = re.compile(r"(^|_)(KEY|APIKEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)|_AUTH$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    error: str
+
+
+def ask(*command: str, seconds: float = _SECONDS, environ: Mapping[str, str] | None = None) -> Answer:
+    """Run one of SLURM's commands. Raises RunError where it is not installed or does not answer."""
+    if shutil.which(command[0]) is None:
+        rule = f"SLURM's {command[0]} is not on the PATH"
+        fix = "run this on a login node of the cluster, or write the script with megalm slurm render"
+        raise RunError(Problem(command[0], None, rule, "", fix))
+    try:
+        done = subprocess.run(
+            command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        rule = f"no answer within {seconds:.0f} s: {' '.join(command[:4])}"
+        raise RunError(Problem(command[0], None, rule, "", "see with scontrol ping whether the controller is up")) from error
+    return Answer(done.returncode, done.stdout, done.stderr.strip())
+
+
+def insist(*command: str, times: int = 20, seconds: float = 15.0) -> Answer:
+    """`ask` again while the controller does not answer: it is restarted now and then, and a job must not die of that."""
+    for left in reversed(range(times)):
+        try:
+            answer = ask(*command)
+        except RunError:
+            if not left:
+                raise
+        else:
+            if not left or not re.search(r"contact slurm controller|timed out|Connection refused", answer.error, re.IGNORECASE):
+                return answer
+        time.sleep(seconds)
+    raise AssertionError("times is at least 1")
+
+
+def kill_seconds() -> float:
+    """Between TERM and KILL, as this cluster is set; 30 by default."""
+    found = re.search(r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config").out, re.MULTILINE)
+    return float(found[1]) if found else 30.0
+
+
+def find_job(job_id: str) -> dict[str, str]:
+    """{field: value} of a job as scontrol, or where that has forgotten it sacct, knows it; empty where neither does."""
+    answer = ask("scontrol", "--oneliner", "show", "job", job_id)
+    if answer.code == 0 and "JobState=" in answer.out:
+        line = answer.out.splitlines()[0]
+        return dict(re.findall(r"(?:^| )([A-Za-z/:_]+)=(\S*)", line))
+    if shutil.which("sacct"):
+        answer = ask("sacct", "-nXP", "-o", "State,NodeList,ExitCode", "-j", job_id)
+        fields = answer.out.strip().split("|") if answer.code == 0 else []
+        if len(fields) == 3 and fields[0]:
+            return {"JobState": fields[0].split()[0], "NodeList": fields[1], "ExitCode": fields[2]}
+    return {}
+
+
+def state_of(job_id: str) -> str:
+    """RUNNING, PENDING ...; empty for a job that nobody knows any more."""
+    return find_job(job_id).get("JobState", "")
+
+
+def hostnames(nodelist: str) -> list[str]:
+    """`n[1-2],m3` -> n1, n2, m3. Raises RunError."""
+    answer = ask("scontrol", "show", "hostnames", nodelist)
+    if answer.code or not answer.out.split():
+        raise RunError(Problem("SLURM_JOB_NODELIST", nodelist, f"cannot be read: {answer.error}", "", "scontrol ping"))
+    return answer.out.split()
+
+
+def usable_nodes(partition: str) -> set[str]:
+    """Nodes of a partition ("": all) that are not down, drained or being so."""
+    answer = ask("sinfo", "-h", "-N", "-o", "%N %t", *([f"--partition={partition}"] if partition else []))
+    rows = (line.split() for line in answer.out.splitlines())
+    return {row[0] for row in rows if len(row) == 2 and re.fullmatch(r"(idle|mix|alloc|comp|resv|plnd)\W?", row[1]) and
+            not row[1].endswith("*")}  # fmt: skip
+
+
+def partitions() -> list[str]:
+    """Names of the partitions; the empty list where sinfo does not tell."""
+    answer = ask("sinfo", "-h", "-o", "%R")
+    return sorted(set(answer.out.split())) if answer.code == 0 else []
+
+
+def without_secrets(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """(the environment that sbatch may store, the names that were left out). SLURM keeps a job's environment on disk."""
+    secret = sorted(name for name in environ if _SECRET.search(name))
+    return {name: value for name, value in environ.items() if name not in secret}, secret
+
+
+def job_key(environ: Mapping[str, str] | None = None) -> str:
+    """This job as scontrol takes it. In an array the last element's id is that of the whole array: 22_5, not 22."""
+    environ = os.environ if environ is None else environ
+    if "SLURM_ARRAY_TASK_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ["SLURM_JOB_ID"]

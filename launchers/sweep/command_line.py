@@ -1,0 +1,53 @@
+"""The command line of a sweep: which launcher runs it, and what is wrong with any of its points, before one starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megalm.errors import ConfigError, Problem
+from megalm.launchers.compose import Command, inspect, override_lists
+from megalm.launchers.slurm.plan import as_in_job, read_job
+from megalm.launchers.sweep.point import files_and_flags
+
+
+def with_launcher(typed: Sequence[str], slurm: bool) -> list[str]:
+    """The arguments of a sweep with a launcher of ours, unless they name one. `slurm`: cluster=slurm is among them."""
+    here = ("cluster=slurm", "cluster.name=slurm")
+    words = [text for text in typed if not (slurm and text in here)]
+    if not any(text.startswith("hydra/launcher=") for text in words):
+        words.append(f"hydra/launcher={'megalm_slurm' if slurm else 'megalm_local'}")
+    return words
+
+
+def inspect_sweep(command: Command, typed: Sequence[str]) -> tuple[Any, list[Problem]]:
+    """As compose.inspect: (config of the first point, problems of all). Points of SLURM are judged as on its nodes."""
+    problems = _no_search(command)
+    if "hydra/launcher=megalm_slurm" not in typed:
+        config, found = inspect(command)
+        return config, problems + found
+    with as_in_job(0, 0):
+        config, found = inspect(command)
+    if found:  # it may be this machine alone that has no GPUs
+        found = list(command.problems)
+        known = [override for override in command.overrides if not override.is_hydra_override()]
+        options = [text for text in files_and_flags(typed) if text not in ("-m", "--multirun")]
+        for overrides in override_lists(known):
+            try:
+                read_job("pretrain", [*options, *overrides])
+            except ConfigError as error:
+                found += [problem for problem in error.problems if problem not in found]
+    return config, problems + found
+
+
+def _no_search(command: Command) -> list[Problem]:
+    """Intervals, which only a search can draw from."""
+    words = [override.input_line or "" for override in command.overrides]
+    if any(word.startswith("hydra/sweeper=") for word in words):
+        return []
+    rule = "a grid has no values to take from an interval"
+    return [
+        Problem(override.key_or_group, (override.input_line or "").partition("=")[2], rule, "", "hydra/sweeper=megalm_optuna")
+        for override in command.overrides
+        if override.is_sweep_override() and not override.is_discrete_sweep()
+    ]

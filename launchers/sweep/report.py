@@ -1,0 +1,93 @@
+"""`megalm sweep report FOLDER`: the points of a sweep as a table, as pictures, and the best one as a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megalm.errors import writing
+from megalm.launchers.sweep.draw import parallel, slices, write_png
+from megalm.launchers.sweep.results import Row, Sweep, read_sweep
+from megalm.observe.parts import table
+from megalm.observe.style import POLICY, STYLE
+from megalm.observe.words import clean, safe
+
+
+def report(config: Any) -> None:
+    """Prints the table, writes the page and the pictures. Raises ConfigError where there is no sweep."""
+    options = config.sweep
+    sweep = read_sweep(Path(options.folder))
+    print(as_text(sweep, options.rows))
+    page = Path(options.output or sweep.folder / "report.html")
+    with writing(page, "sweep.output"):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        new = page.with_name(f".{page.name}.tmp")
+        new.write_text(as_page(sweep), encoding="utf-8")
+        new.replace(page)
+        pictures = write_png(sweep, page.parent)
+    print("\n".join(map(str, [page, *pictures])))
+
+
+def as_text(sweep: Sweep, rows: int) -> str:
+    """For a terminal; the best `rows` points, 0: all."""
+    parts = [_text_table(sweep, sweep.keys, sweep.rows[: rows or None], "point")]
+    if rows and len(sweep.rows) > rows:
+        parts.append(f"... and {len(sweep.rows) - rows} more (sweep.rows=0 shows all)")
+    if sweep.groups:
+        parts += ["", _text_table(sweep, _keys(sweep), sweep.groups, "points")]
+    best = sweep.best
+    said = "nothing is finished yet"
+    if best:
+        said = f"best: {clean(best.name)}, {sweep.metric} {_loss(best)}\n  {clean(best.command, 4000)}"
+    return "\n".join([*parts, "", said])
+
+
+def as_page(sweep: Sweep) -> str:
+    """One HTML file that loads nothing and runs nothing."""
+    best, title = sweep.best, f"Sweep {sweep.folder.absolute().name}"
+    parts = [f"<h1>{safe(title)}</h1>", f'<p class="quiet">{safe(str(sweep.folder.absolute()))}; {_count(sweep)}</p>']
+    if best:
+        parts.append(f"<h2>Best: {safe(sweep.metric)} {_loss(best)}</h2>")
+        parts.append(f'<div class="panel"><code>{safe(best.command, 4000)}</code></div>')
+    if sweep.groups:
+        parts += ["<h2>Over the folds</h2>", _html_table(sweep, _keys(sweep), sweep.groups)]
+    pictures = slices(sweep)
+    if pictures:
+        parts += ["<h2>Loss over each setting</h2>", '<div class="panel">' + "".join(pictures) + "</div>"]
+        parts += ["<h2>All settings side by side</h2>", f'<div class="panel">{parallel(sweep)}</div>']
+        parts += ['<p class="quiet">Blue is better; hollow or dashed: ended early by the search.</p>']
+    parts += ["<h2>Points</h2>", _html_table(sweep, sweep.keys, sweep.rows)]
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{safe(title)}</title><style>{STYLE} svg {{ max-width: 100%; height: auto }}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>\n'
+
+
+def _keys(sweep: Sweep) -> list[str]:
+    return [key for key in sweep.keys if key in sweep.groups[0].values]
+
+
+def _cells(keys: list[str], row: Row) -> list[str]:
+    return [row.name, _loss(row), str(row.step), row.status, *(row.values[key] for key in keys)]
+
+
+def _loss(row: Row) -> str:
+    if row.loss is None:
+        return "-"
+    return f"{row.loss:.4f}" + (f" +- {row.spread:.4f} ({row.folds} folds)" if row.spread is not None else "")
+
+
+def _text_table(sweep: Sweep, keys: list[str], rows: list[Row], first: str) -> str:
+    lines = [[first, sweep.metric, "step", "status", *keys], *(_cells(keys, row) for row in rows)]
+    lines = [[clean(cell, 60) for cell in line] for line in lines]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _html_table(sweep: Sweep, keys: list[str], rows: list[Row]) -> str:
+    return table(["point", sweep.metric, "step", "status", *keys], [_cells(keys, row) for row in rows])
+
+
+def _count(sweep: Sweep) -> str:
+    known = dict.fromkeys(row.status for row in sweep.rows)
+    return ", ".join(f"{sum(row.status == status for row in sweep.rows)} {safe(status)}" for status in known)

@@ -1,0 +1,88 @@
+"""Jobs on a real SLURM: over two nodes, stopped and continued, on nodes that are bad or lost, and in a loop of crashes."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megalm.launchers.slurm import client, history
+
+pytestmark = pytest.mark.slurm
+TWO_BY_TWO = ("parallel=tp2_pp2", "slurm.nodes=2")
+BY_RANK = "slurm.launch=rank"
+Make = Callable[[str], "object"]
+
+
+def test_two_nodes_train_one_model(whole) -> None:
+    """tp2 x pp2 over two nodes: four ranks, their logs, the marks of a finished run; the job itself is COMPLETED."""
+    (started,) = whole.events("started")
+    assert (started["ranks"], started["hosts"], started["attempt"]) == (4, ["n1", "n2"], "0.0")
+    losses = whole.losses()
+    assert [step for step, _ in losses] == list(range(1, 151))
+    assert losses[-1][1] < losses[0][1] - 1
+    assert (whole.folder / "finished").exists() and "finished: the job ends" in whole.log()
+    (logs,) = (whole.folder / "logs").glob("*.0")
+    assert {path.name for path in logs.glob("*.log")} >= {"node-0.log", "node-1.log", "rank-1.log", "rank-3.log"}
+
+
+@pytest.mark.parametrize("launch", ["agent", pytest.param("rank", marks=pytest.mark.slow)])
+def test_asked_to_stop_it_saves_and_goes_on_to_the_last_bit(launch: str, whole, make, cluster) -> None:
+    """USR1, as SLURM sends it before the time limit: saved at that step, back in the queue, not one loss differs."""
+    run = make(f"stopped-{launch}")
+    job = run.submit(*TWO_BY_TWO, f"slurm.launch={launch}")
+    run.wait_for_step(60)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+    found = cluster.wait(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), run.log()
+    first, second = run.events("started")
+    assert 60 <= second["step"] < 150 and second["step"] % 50, "it saved where it was, not where it would have"
+    assert (first["attempt"], second["attempt"]) == ("0.0", "1.0")
+    assert run.losses() == whole.losses()
+    assert history.read_history(run.folder, _submission(run)).failures == 0
+
+
+def test_a_bad_node_is_named_and_left_out(make, cluster, shared: Path) -> None:
+    """n2 does not see the shared disk: it is excluded, which only a job that is back in the queue can be told."""
+    cluster.tool("exec", "n2", "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(shared))
+    try:
+        run = make("bad")
+        job = run.submit("parallel=tp2", "slurm.nodes=2", BY_RANK, "train.steps=5", "optim.warmup_steps=1")
+        found = cluster.wait(job)
+    finally:
+        cluster.tool("exec", "n2", "umount", str(shared))
+    assert (found["JobState"], found["Restarts"], found["ExcNodeList"]) == ("COMPLETED", "1", "n2"), run.log()
+    assert "bad node n2: train.run_dir" in run.log()
+    assert run.events("excluded")[0]["nodes"] == ["n2"]
+    assert run.events("started")[-1]["hosts"] == ["n1", "n3"]
+
+
+def test_a_loop_of_crashes_stops(make, cluster, shared: Path) -> None:
+    """Two failed starts without a checkpoint, as asked, and not one more."""
+    setup = shared / "crash.sh"
+    setup.write_text('[ -z "${MEGALM_TOKEN:-}" ] || exit 7 # in the tasks, not in the batch script\n')
+    run = make("crashes")
+    job = run.submit(BY_RANK, f"slurm.setup={setup}", "slurm.max_failures=2")
+    found = cluster.wait(job)
+    assert (found["JobState"], found["Restarts"], found["ExitCode"]) == ("FAILED", "1", "1:0"), run.log()
+    assert "2 failed starts in a row without a new checkpoint: the job ends" in run.log()
+    assert [event["kind"] for event in run.events("gave_up")] == ["gave_up"]
+
+
+def test_sbatch_is_asked_before_anything_is_submitted(cluster, make, tmp_path: Path) -> None:
+    """A partition that does not exist, more nodes than there are: refused, with what there is, and no job is left."""
+    before = client.ask("squeue", "-h", "-o", "%i").out
+    for arguments, said in (
+        (["slurm.partition=nope"], "allowed: train, urgent"),
+        (["slurm.nodes=9", "slurm.processes_per_node=1", "train.global_batch_size=36"], "the partition has 3 nodes that are up"),
+    ):
+        with pytest.raises(AssertionError, match=said):
+            make("refused").submit(*arguments)
+    assert client.ask("squeue", "-h", "-o", "%i").out == before
+
+
+def _submission(run) -> str:
+    (path,) = (run.folder / "slurm").glob("history-*.json")
+    return path.stem.partition("-")[2]
