@@ -34,7 +34,7 @@ def _has_experts(c: RunConfig) -> bool:
 
 def _own_width(c: RunConfig) -> bool:
     """Whether the experts have a width of their own; a saved configuration writes down what 0 stands for."""
-    return c.model.expert_ffn_size != c.model.ffn_size
+    return c.model.expert_ffn_size not in (0, c.model.ffn_size)
 
 
 def _needs_experts(key: str, neutral: Any) -> Rule:

@@ -23,7 +23,7 @@ def _rope_changes(c: RunConfig) -> list[Change]:
 def _value_is_used(c: RunConfig) -> bool:
     """Or is what it would be anyway: a saved configuration says so of a model that has no latents, too."""
     usual = c.model.head_dim - c.model.rope_head_dim
-    return _is_latent(c) or "value_head_dim" in c.model.derived or c.model.value_head_dim == usual
+    return _is_latent(c) or c.model.value_head_dim in (0, usual)
 
 
 RULES: tuple[Rule, ...] = (

@@ -78,8 +78,10 @@ class ModelConfig:
         self.head_dim = self.head_dim or max(1, self.hidden_size // max(1, self.num_heads))
         llama_ffn = -(-8 * self.hidden_size // 3 // 64) * 64
         self.ffn_size = self.ffn_size or (llama_ffn if self.architecture == "llama" else 4 * self.hidden_size)
-        self.expert_ffn_size = self.expert_ffn_size or self.ffn_size
-        self.value_head_dim = self.value_head_dim or self.head_dim - self.rope_head_dim
+        if self.num_experts:  # else 0 stays: a saved configuration, changed in other places, shall not be refused for it
+            self.expert_ffn_size = self.expert_ffn_size or self.ffn_size
+        if self.kv_latent_size:
+            self.value_head_dim = self.value_head_dim or self.head_dim - self.rope_head_dim
 
     def has_experts(self, layer: int) -> bool:
         """Whether a block's MLP is made of experts."""

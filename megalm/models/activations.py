@@ -262,11 +262,11 @@ def _experts(part: _Part, x: str) -> str:
     if here < c.num_experts:
         for arrived in ("rows.arrived", "rows.sorted"):
             tape.add(arrived, part.size(rows * E), tape.operators[-1].makes[0])
-    product = s.weights(here * inner * E)
+    product, costly = s.weights(here * inner * E), "grouped_linear" in s.triton  # torch's run again
     for name in ("expert.gate", "expert.up"):
-        tape.add(name, part.size(rows * inner), arrived, arrived, back=product)
+        tape.add(name, part.size(rows * inner), arrived, arrived, back=product, costly=costly)
     mixed = _swiglu(part, "expert.gate", "expert.up", part.size(rows * inner))
-    made = tape.add("expert.down", part.size(rows * E), mixed, mixed, back=product)
+    made = tape.add("expert.down", part.size(rows * E), mixed, mixed, back=product, costly=costly)
     if here < c.num_experts:
         for name in ("made.sorted", "made.returned"):
             made = tape.add(name, part.size(rows * E), made, holds="rows rows.arrived")

@@ -53,7 +53,7 @@ def count_stage_flops_per_token(config: ModelConfig, seq_length: int, layers: ra
     """FLOPs of forward and backward of a part of the model for one token; only the last part's head counts beside blocks."""
     keys = min(config.window + 1, seq_length) if config.window else seq_length
     twice_seen = 2 * keys - keys**2 / seq_length  # tokens that a token sees on average, counted twice: without a window S
-    attention = 3 * config.num_heads * (config.head_dim + config.value_head_dim) * twice_seen
+    attention = 3 * config.num_heads * (config.head_dim + (config.value_head_dim or config.head_dim)) * twice_seen
     head = config.vocab_size * config.hidden_size if last else 0
     return 6 * (sum(_by_kind(config, layers, count_block_parameters)) + head) + len(layers) * attention
 

@@ -83,7 +83,7 @@ class Router(nn.Module):
         """Casts do not reach the biases: a step of 0.001 is lost in bf16."""
         balance = self.balance
         super()._apply(fn, recurse)
-        self.balance = balance.to(self.balance.device)
+        self.balance = self.balance.float() if balance.is_meta else balance.to(self.balance.device)
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -123,7 +123,7 @@ class _Keep(TorchDispatchMode):
             kept = args[0] if collective else result
             self.results.append(tree_map(partial(self.selection.keep, wanted), kept))
             if wanted and not collective:
-                self.products |= {_address(x) for x in tree_leaves(result)}
+                self.products |= {_address(x) for x in tree_leaves(result)} - {0}  # 0: no rows, no memory
         elif operation._schema.is_mutable:
             assert _address(args[0]) not in self.products, f"{operation} changes a result that is kept for the backward"
         return result

@@ -73,14 +73,17 @@ def predict_memory(config: RunConfig) -> list[RankMemory]:
 
 
 def describe_memory(config: RunConfig) -> str:
-    """One line: the rank that needs most, and of what this consists."""
-    most = max(predict_memory(config), key=lambda rank: rank.total)
+    """One line: the rank that needs most, of what this consists, and what the ranks of the other stages need."""
+    ranks = predict_memory(config)
+    most = max(ranks, key=lambda rank: rank.total)
     states = most.states
     optimizer = states.masters + states.moments - states.offloaded
     parts: dict[str, float] = {"weights": states.weights, "gradients": states.gradients + states.buckets, "optimizer": optimizer}
     parts |= {"activations": most.activations, "temporary": most.temporary}
     shares = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in parts.items())
-    return f"memory: about {most.total / 2**30:.3g} GiB at the peak of the fullest rank ({shares})"
+    totals = ", ".join(f"{rank.total / 2**30:.3g}" for rank in ranks)
+    others = f"; pipeline ranks: {totals}" if len(ranks) > 1 else ""
+    return f"memory: about {most.total / 2**30:.3g} GiB at the peak of the fullest rank ({shares}){others}"
 
 
 def _reached(action: Action, before: float, memory: list[StageMemory], times: int) -> float:

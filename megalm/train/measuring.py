@@ -27,6 +27,7 @@ class Measuring(Hook):
     """Around step `memory_step`. On a GPU its allocator tells; on a CPU a meter counts tensors, which makes this step slower.
 
     Such a step is left out of the speed that `logging` reports. A run that goes on behind the step measures nothing.
+    Skipped steps of fp16 do not count: before the first update there are no moments.
     """
 
     def __init__(self, logging: Logging) -> None:
@@ -34,7 +35,7 @@ class Measuring(Hook):
         self.meter: MemoryMeter | None = None
 
     def before_step(self, trainer: Trainer) -> None:
-        if trainer.state.step + 1 != trainer.config.train.memory_step:
+        if _updates(trainer) + 1 != trainer.config.train.memory_step:
             return
         device = trainer.topology.device
         if device.type == "cuda":
@@ -45,11 +46,11 @@ class Measuring(Hook):
             self.meter.start()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        if trainer.state.step == trainer.config.train.memory_step:
-            meter = self._stop()
+        meter = self._stop()
+        if _updates(trainer) == trainer.config.train.memory_step and not result.skipped:
             _report(trainer, meter)
-            if meter is not None:
-                self.logging.meter.leave_out(time.perf_counter() - self.since)
+        if meter is not None:
+            self.logging.meter.leave_out(time.perf_counter() - self.since)
 
     def on_end(self, trainer: Trainer) -> None:
         self._stop()  # if the step broke off
@@ -59,6 +60,11 @@ class Measuring(Hook):
         if meter is not None:
             meter.stop()
         return meter
+
+
+def _updates(trainer: Trainer) -> int:
+    """Steps that changed the weights."""
+    return trainer.state.step - trainer.state.skipped_steps
 
 
 def _report(trainer: Trainer, meter: MemoryMeter | None) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
 from megalm.config.layouts import candidate_layouts, layout_node, sample_layouts, with_layout, with_model
+from megalm.config.model import ModelConfig
 from megalm.config.parallel import layout_name
 from megalm.config.run import RunConfig
 
@@ -32,7 +35,10 @@ def test_another_architecture_derives_anew_what_it_had_derived() -> None:
     assert (gpt.model.architecture, gpt.model.tie_embeddings) == ("gpt", True)
     assert gpt.model.ffn_size == 4 * gpt.model.hidden_size != llama.model.ffn_size
     assert with_model(gpt, "llama").model == llama.model
-    assert gpt.model.expert_ffn_size == gpt.model.ffn_size, "derived from what is derived"
+    experts = with_model(with_model(RunConfig(model=ModelConfig(num_experts=4)), "gpt"), "llama").model
+    assert experts.expert_ffn_size == experts.ffn_size == llama.model.ffn_size, "derived from what is derived"
+    saved = ModelConfig(**asdict(llama.model))  # nothing of what it does not have is derived, to be in the way of a change
+    assert (saved.expert_ffn_size, saved.value_head_dim) == (0, 0)
 
 
 def test_candidates_are_few_first_and_each_once() -> None:

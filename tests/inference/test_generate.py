@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import megalm_kernels
 from megalm.checkpoint.sharded import publish, read_manifest, write_manifest, write_pieces
-from megalm.checkpoint.state import RunState, save_checkpoint
+from megalm.checkpoint.state import BUFFER, RunState, save_checkpoint
 from megalm.config.data import DataConfig
 from megalm.config.model import ModelConfig
 from megalm.config.parallel import ParallelConfig
@@ -35,15 +35,16 @@ VOCAB, NO_END = 260, -1
 
 
 LATENT = {"kv_latent_size": 12, "q_latent_size": 10, "rope_head_dim": 2, "value_head_dim": 3}
-VARIANTS: dict[str, dict[str, int]] = {
+VARIANTS: dict[str, dict[str, float]] = {
     "window": {"window": 5, "num_kv_heads": 2},
     "latent": LATENT,
     "latent window": {**LATENT, "window": 5},
+    "experts": {"num_experts": 4, "expert_ffn_size": 16, "capacity_factor": 0.5},
 }
 
 
 def shape(name: str, tied: bool = False) -> ModelConfig:
-    """An architecture, or a llama with one of the variants of attention."""
+    """An architecture, or a llama with one of the variants."""
     parts = VARIANTS.get(name, {"num_kv_heads": 2} if name == "llama" else {})
     architecture = "gpt" if name == "gpt" else "llama"
     return ModelConfig(architecture, VOCAB, 16, 2, 4, max_seq_length=32, tie_embeddings=tied, **parts)  # type: ignore[arg-type]
@@ -55,6 +56,8 @@ def fresh(architecture: str, tied: bool = False) -> Decoder:
     model = build_model(config)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(initial_value(name, tuple(parameter.shape), config, 1234))
+    for balance in model.buffers():
+        balance.copy_(torch.linspace(-0.2, 0.2, balance.numel()))
     return model.eval().requires_grad_(False)
 
 
@@ -62,7 +65,7 @@ def sharp(architecture: str) -> Decoder:
     """A model whose choices depend on the context: weights ten times as large."""
     model = fresh(architecture)
     for parameter in model.parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() > 1:
             parameter.mul_(10)
     return model
 
@@ -79,8 +82,10 @@ def save(root: Path, architecture: str, data: DataConfig | None = None, tied: bo
     config = asdict(RunConfig(model=shape(architecture, tied), data=data or DataConfig()))
     temporary = root / "checkpoints" / ".tmp"
     temporary.mkdir(parents=True)
-    weights = dict(fresh(architecture, tied).named_parameters())
-    write_pieces(temporary, 0, {f"weight/{n}": (p, tuple(p.shape), (0,) * p.dim()) for n, p in weights.items()})
+    model = fresh(architecture, tied)
+    tensors = {f"weight/{name}": p for name, p in model.named_parameters()}
+    tensors |= {f"{BUFFER}/{name}": buffer for name, buffer in model.named_buffers()}
+    write_pieces(temporary, 0, {key: (x, tuple(x.shape), (0,) * x.dim()) for key, x in tensors.items()})
     write_manifest(temporary, asdict(RunState()), config)
     publish(temporary, root / "checkpoints" / "step-00000000")
     return root
@@ -143,13 +148,15 @@ def test_it_stops_at_the_end_of_the_document() -> None:
     assert list(generate(model, [1, 2], config, 0, end)) == tokens[: tokens.index(end)]
 
 
-@pytest.mark.parametrize("architecture", ["gpt", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt", "llama", "experts"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_loaded_is_what_was_saved(architecture: str, tied: bool, tmp_path: Path) -> None:
     folder = save(tmp_path, architecture, tied=tied) / "checkpoints" / "step-00000000"
     model = load_model(folder, read_manifest(folder), torch.device("cpu"))
     tokens = torch.arange(9)[None]
-    assert torch.equal(model(tokens), fresh(architecture, tied)(tokens))
+    original = fresh(architecture, tied)
+    assert torch.equal(model(tokens), original(tokens))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), original.buffers(), strict=True))
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert (model.head.weight is model.embedding.weight) is tied
 

@@ -172,6 +172,9 @@ def test_casts_leave_the_biases_as_they_are() -> None:
     moe = build_moe().bfloat16()
     assert moe.router.weight.dtype == torch.bfloat16 and moe.router.balance.dtype == torch.float32
     assert torch.equal(moe.router.balance, build_moe().router.balance)
+    with torch.device("meta"):
+        empty = MoE(moe.router.config).bfloat16()
+    assert empty.to_empty(device="cpu").router.balance.dtype == torch.float32
 
 
 def test_first_layers_are_dense_and_each_expert_has_a_value_of_its_own(build, tokens) -> None:

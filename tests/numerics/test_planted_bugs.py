@@ -52,7 +52,7 @@ parity_command(config, start=start)
 """
 
 
-@pytest.fixture(scope="module", params=SUITES)
+@pytest.fixture(scope="module")
 def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict[str, str]]:
     """What is planted, and {layout: what parity says of it}, of one run with a mistake in every layout."""
     arguments, planted = SUITES[request.param]
@@ -72,7 +72,10 @@ def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("suite", "layout"), [(name, layout) for name, (_, planted) in SUITES.items() for layout in planted], indirect=["suite"]
+    ("suite", "layout"),
+    [(name, layout) for name, (_, planted) in SUITES.items() for layout in planted],
+    indirect=["suite"],
+    scope="module",
 )
 def test_a_planted_bug_is_found_and_named(layout: str, suite: tuple[dict, dict[str, str]]) -> None:
     planted, reports = suite

@@ -177,6 +177,15 @@ def test_a_remainder_makes_the_rounds_of_interleaved_longer() -> None:
     assert held[16] == held[512] == held[40_000] < held[19] == held[515] == held[40_003]
 
 
+def test_the_line_names_every_pipeline_rank() -> None:
+    config = config_of(pipeline_parallel=4)
+    totals = [rank.total / 2**30 for rank in predict_memory(config)]
+    line = forecast.describe_memory(config)
+    assert f"about {max(totals):.3g} GiB at the peak" in line
+    assert line.endswith(f"; pipeline ranks: {', '.join(f'{total:.3g}' for total in totals)}")
+    assert "pipeline ranks" not in forecast.describe_memory(config_of())
+
+
 def test_forecasts_are_quick() -> None:
     """512 microbatches on 16 ranks; processor time, so that what else runs here does not matter."""
     for schedule, chunks in (("gpipe", 1), ("interleaved", 4), ("zbv", 2)):

@@ -61,6 +61,16 @@ def test_without_that_step_nothing_is_measured(changes: dict[str, Any], make, mo
     assert not Path(config.train.run_dir, measuring.FILE).exists()
 
 
+def test_skipped_steps_do_not_count(make, records) -> None:
+    """Before the first update there are no moments, and the prediction has them."""
+    config = make("run", {"train.steps": 8, "train.precision": "fp16", "train.loss_scale": 2.0**20, "train.memory_step": 2})
+    pretrain(config)
+    skipped = [record["skipped"] for record in records(config)]
+    assert skipped[0] and not all(skipped)
+    updates = [step for step, skip in enumerate(skipped, 1) if not skip]
+    assert report_of(config)["step"] == updates[1]
+
+
 def test_a_run_that_goes_on(make) -> None:
     """Behind the step it leaves the numbers that there are; before it, it measures."""
     config = make("run", {"train.steps": 3, "train.memory_step": 2})
