@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
+import queue as queues
 import tempfile
 import time
 import traceback
@@ -45,7 +47,7 @@ def _collect(queue: Any, processes: list, world_size: int, timeout_seconds: floa
     while len(results) < world_size:
         try:
             rank, value, error = queue.get(timeout=0.2)
-        except Exception:  # queue.Empty; the class lives in another module per start method
+        except queues.Empty:
             dead = [i for i, p in enumerate(processes) if p.exitcode not in (None, 0)]
             if dead or time.monotonic() > deadline:
                 waiting = [r for r in range(world_size) if r not in results]
@@ -55,7 +57,7 @@ def _collect(queue: Any, processes: list, world_size: int, timeout_seconds: floa
             for process in processes:
                 process.kill()
             raise AssertionError(f"rank {rank} of {world_size} failed:\n{error}")
-        results[rank] = value
+        results[rank] = pickle.loads(value)
     return [results[rank] for rank in range(world_size)]
 
 
@@ -70,8 +72,8 @@ def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, store: str, qu
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     try:
-        value = fn(rank, world_size, *args)
-        queue.put((rank, value, ""))
+        # As bytes: a queue would pass tensors as handles into memory of the rank, which has often gone when they are read.
+        queue.put((rank, pickle.dumps(fn(rank, world_size, *args)), ""))
         dist.barrier()
         time.sleep(0.3)  # see bootstrap.stop_process_group
         dist.destroy_process_group()
