@@ -8,8 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tools.draw_reliability import Fault
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks that spin for each other on few cores cost minutes
 
@@ -47,6 +52,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if marked and not is_there():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def fault(request: pytest.FixtureRequest) -> Callable[[str, Path], Any]:
+    """Call `fault(name, run_dir)` just before making it and `.note(outcome)` after: a line of docs/reliability.md.
+
+    Names are the keys of FAULTS in tools/draw_reliability.py. Lines are kept where MEGALM_RELIABILITY names a folder.
+    """
+    return partial(Fault, source=request.node.nodeid.partition("[")[0])
 
 
 @pytest.fixture
