@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +95,21 @@ def _read_run(verb: str, typed: list[str], nodes: int, gpus: int | None) -> Job:
     if problems:
         raise ConfigError(*problems)
     return job_of(verb, typed, config)
+
+
+def examine_in_job(root: type[Any], raw: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+    """As config.load.examine, of a run in the job that it describes itself: with the GPUs and ranks that it will have."""
+    from megalm.config.load import examine
+    from megalm.config.reader import read
+
+    raw = {**raw, "cluster": {**(raw.get("cluster") or {}), "name": "local"}}
+    with as_in_job(0, 0):
+        config, problems = read(root, raw)
+    if problems:
+        return config, problems
+    slurm, on_gpus = config.slurm, config.cluster.device != "cpu"
+    with as_in_job(slurm.nodes * _ranks_per_node(config), slurm.gpus_per_node if on_gpus else 0):
+        return examine(root, raw)
 
 
 def job_of(verb: str, arguments: list[str], config: RunConfig) -> Job:

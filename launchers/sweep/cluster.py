@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megalm.errors import ConfigError, ExitCode, MegalmError, Problem, RunError, writing
 from megalm.launchers.slurm import client, history
-from megalm.launchers.slurm.plan import Job, read_job
+from megalm.launchers.slurm.plan import Job, job_of
 from megalm.launchers.slurm.render import LOGS, SCRIPT, directives
 from megalm.launchers.slurm.submit import ask_whether, check_folder, new_submission, submit, write_script
 from megalm.launchers.sweep.point import Point, failure, unique
@@ -42,8 +42,11 @@ def submit_points(points: Sequence[Point], array_from: int, at_once: int) -> Non
             _submit_array(group, jobs, at_once)
             continue
         alone += group
+    asked: set[tuple[str, ...]] = set()  # sbatch judges the first of each kind
     for point in sorted(alone, key=lambda point: point.number):
-        _submit_one(point, jobs[point.number])
+        job = jobs[point.number]
+        _submit_one(point, job, _wishes(job) not in asked)
+        asked.add(_wishes(job))
     for point in unique(points):
         result = point.result()
         said = f", {result.metric} {result.value:.4f} at step {result.step}" if result is not None else ""
@@ -64,7 +67,8 @@ def _jobs(points: Sequence[Point]) -> dict[int, Job]:
     problems: list[Problem] = []
     for point in points:
         try:
-            jobs[point.number] = job = read_job("pretrain", point.arguments)
+            # the job's ranks must not submit it once more, where a yaml file says that it is for SLURM
+            jobs[point.number] = job = job_of("pretrain", [*point.arguments, "cluster.name=local"], point.config)
             job.slurm.job_name = f"{job.slurm.job_name}-{point.number}"
             check_folder(job)
         except ConfigError as error:
@@ -79,9 +83,9 @@ def _wishes(job: Job) -> tuple[str, ...]:
     return tuple(line for line in directives(job) if not line.startswith(("--output=", "--job-name=")))
 
 
-def _submit_one(point: Point, job: Job) -> None:
+def _submit_one(point: Point, job: Job, ask: bool) -> None:
     try:
-        done = submit(job)
+        done = submit(job, ask=ask)
     except MegalmError as error:
         point.status, point.note, point.error = "failed", "not submitted", error
         return

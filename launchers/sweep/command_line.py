@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megalm.errors import ConfigError, Problem
-from megalm.launchers.compose import Command, inspect, override_lists
-from megalm.launchers.slurm.plan import as_in_job, read_job
-from megalm.launchers.sweep.point import files_and_flags
+from megalm.errors import Problem
+from megalm.launchers.compose import Command, inspect
+from megalm.launchers.slurm.plan import examine_in_job
 
 
 def with_launcher(typed: Sequence[str], slurm: bool) -> list[str]:
@@ -26,17 +25,7 @@ def inspect_sweep(command: Command, typed: Sequence[str]) -> tuple[Any, list[Pro
     if "hydra/launcher=megalm_slurm" not in typed:
         config, found = inspect(command)
         return config, problems + found
-    with as_in_job(0, 0):
-        config, found = inspect(command)
-    if found:  # it may be this machine alone that has no GPUs
-        found = list(command.problems)
-        known = [override for override in command.overrides if not override.is_hydra_override()]
-        options = [text for text in files_and_flags(typed) if text not in ("-m", "--multirun")]
-        for overrides in override_lists(known):
-            try:
-                read_job("pretrain", [*options, *overrides])
-            except ConfigError as error:
-                found += [problem for problem in error.problems if problem not in found]
+    config, found = inspect(command, examine_in_job)
     return config, problems + found
 
 

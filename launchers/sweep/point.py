@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from typing import Any
 import yaml
 
 from megalm.config.fields import flatten, override
+from megalm.config.load import examine
 from megalm.config.run import ROOTS, RunConfig
 from megalm.errors import ConfigError, MegalmError, Problem, RunError, writing
 from megalm.runfolder import POINT, Result, read_result
 
+Judge = Callable[[type[Any], dict[str, Any]], tuple[Any, list[Problem]]]
 CONFIG = "config.yaml"
 # Settings of where and how a point runs: they do not make it another one.
 _ELSEWHERE = ("slurm.", "cluster.", "tracking.", "train.run_dir", "checkpoint.keep", "checkpoint.save_every")
@@ -68,17 +70,17 @@ def identity(config: RunConfig) -> str:
 
 
 def plan_points(
-    context: Any, config: Any, task: Any, job_overrides: Sequence[Sequence[str]], on_slurm: bool = False
+    context: Any, config: Any, task: Any, job_overrides: Sequence[Sequence[str]], judge: Judge = examine
 ) -> list[Point]:
     """The points in order, each with a folder that says whose it is. Equal ones are one and the same object.
 
-    on_slurm: whether the settings suit the nodes is not asked here. Raises ConfigError before anything is written.
+    judge: as of compose.inspect. Raises ConfigError before anything is written.
     """
     from hydra.core.utils import setup_globals
 
     setup_globals()
     sweep: Sweep = task.sweep
-    typed = [_compose(context, config, sweep.verb, overrides, on_slurm) for overrides in job_overrides]
+    typed = [_compose(context, config, sweep.verb, overrides, judge) for overrides in job_overrides]
     root = Path(str(config.hydra.sweep.dir)).absolute()
     known = {entry["settings"]: int(number) for number, entry in read_points(root)}
     made: dict[str, Point] = {}
@@ -107,14 +109,12 @@ def read_points(root: Path) -> list[tuple[str, dict[str, Any]]]:
     return sorted(found, key=lambda item: int(item[0]))
 
 
-def _compose(context: Any, config: Any, verb: str, overrides: Sequence[str], on_slurm: bool) -> RunConfig:
-    from megalm.config.load import examine
-    from megalm.config.reader import read
+def _compose(context: Any, config: Any, verb: str, overrides: Sequence[str], judge: Judge) -> RunConfig:
     from megalm.launchers.compose import plain
 
     raw, unresolved = plain(context.config_loader.load_sweep_config(config, list(overrides)))
-    run: Any
-    run, problems = read(ROOTS[verb], raw) if on_slurm else examine(ROOTS[verb], raw)
+    run: RunConfig
+    run, problems = judge(ROOTS[verb], raw)
     if unresolved + problems:
         raise ConfigError(*unresolved, *problems)
     return run

@@ -78,6 +78,9 @@ def test_every_point_is_a_job_with_a_script_of_its_own(run: Run, folder: Path, t
         assert f"train.run_dir={tmp_path}/sweep/{number}" in text and "hydra/" not in text
     assert "--ntasks-per-node=2\n" in scripts[1] and "--ntasks-per-node=1\n" in scripts[0]
     assert "optim.lr=0.0003" in scripts[3] and "optim.lr=0.001" in scripts[0]
+    assert all("cluster.name=local" in text for text in scripts), "the ranks would submit it once more"
+    asked = [call for call in calls(folder, "sbatch") if "--test-only" in call]
+    assert len(asked) == 2, "of two kinds: one task on the node, and two"
     assert (tmp_path / "sweep" / "3" / "config.yaml").exists()
     for path in submitted(folder):
         subprocess.run(["bash", "-n", path], check=True)

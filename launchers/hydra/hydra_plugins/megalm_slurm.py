@@ -33,10 +33,11 @@ class SlurmLauncher(Launcher):
         self.context, self.task, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from megalm.launchers.slurm.plan import examine_in_job
         from megalm.launchers.sweep.cluster import submit_points, wait_for
         from megalm.launchers.sweep.point import plan_points, returns
 
-        points = plan_points(self.context, self.config, self.task, job_overrides, on_slurm=True)
+        points = plan_points(self.context, self.config, self.task, job_overrides, examine_in_job)
         submit_points(points, self.array_from, self.at_once)
         search = "BasicSweeper" not in str(self.config.hydra.sweeper._target_)
         if self.wait == "yes" or (self.wait == "auto" and search):
