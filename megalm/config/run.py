@@ -45,6 +45,11 @@ class RunConfig:
         """Forwards per rank and optimizer step."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel)
 
+    @property
+    def local_tokens(self) -> int:
+        """One microbatch's tokens on one rank."""
+        return self.train.micro_batch_size * self.data.seq_length // self.parallel.context_parallel
+
 
 @dataclass
 class ParityConfig:

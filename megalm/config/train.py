@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megalm.config.knobs import knob
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+SMALLEST_OFFLOADED = 1 << 20  # bytes; what is smaller is not worth a copy of its own
 PRECISIONS = tuple(ITEM_BYTES)
 BLOCK_PARTS = ("attention", "mlp", "norms")
 

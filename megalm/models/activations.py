@@ -321,7 +321,7 @@ def _fused_loss(part: _Part, x: str, columns: int, kept: bool) -> None:
 
 
 def chunk_of(tokens: int, size: int, vocab_size: int) -> int:
-    """Tokens whose logits exist at once in megalm_kernels.linear_cross_entropy: `default_chunk` there."""
+    """Tokens whose logits exist at once in megalm_kernels.linear_cross_entropy: `default_chunk` there, which needs torch."""
     most = max(2048, tokens * size // max(vocab_size, 1))
     chunks = max(1, -(-tokens // most))
     return max(16, -(-tokens // (16 * chunks)) * 16)

@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-SMALLEST_OFFLOADED = 1 << 20  # bytes: parallel/offload.py
+from megalm.config.train import SMALLEST_OFFLOADED
 
 
 class Operator(NamedTuple):

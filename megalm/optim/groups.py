@@ -15,7 +15,7 @@ def build_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> li
     """
     found: dict[tuple[bool, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        kind = shard_of(parameter).first_expert is not None, len(shape_of(parameter)) < 2
+        kind = shard_of(parameter).is_dealt_out, len(shape_of(parameter)) < 2
         found.setdefault(kind, {})[name] = parameter
     return [
         ParameterGroup(group, 0.0 if is_vector else weight_decay, experts)

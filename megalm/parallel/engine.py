@@ -119,13 +119,12 @@ class Engine(ABC):
 
     def replicas(self, name: str) -> Group:
         """The ranks that have this slice of a parameter, as far as data and context go."""
-        dealt_out = shard_of(self.parameters[name]).first_expert is not None
-        return self.topology.expert_data if dealt_out else self.topology.data
+        return self.topology.expert_data if shard_of(self.parameters[name]).is_dealt_out else self.topology.data
 
     def counts_in_norm(self, name: str) -> bool:
         """Whether this rank's slice enters the global norm, summed over model and expert groups: every element of the model must,
         exactly once."""
-        dealt_out = shard_of(self.parameters[name]).first_expert is not None
+        dealt_out = shard_of(self.parameters[name]).is_dealt_out
         return self.stands_for_copies(name) and (dealt_out or self.topology.expert.is_first)
 
     def stands_for_copies(self, name: str) -> bool:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalm.parallel.collectives import all_gather, all_reduce
+from megalm.parallel.collectives import all_gather, all_reduce, all_to_all
 from megalm.parallel.context_parallel import local_tokens
 from megalm.parallel.tensor_parallel import shard_of
 from megalm.parallel.topology import Group, Topology
@@ -41,9 +41,9 @@ class ExpertExchange:
         dist.all_to_all_single(arriving.view(-1), counts, group=self.group.handle)
         sent, received = torch.stack([to_ranks.sum(1), arriving.sum(1)]).tolist()  # sync
         order, back = by_expert(arriving, sum(received))
-        y = _Exchange.apply(rows, sent, received, self.group)
+        y = all_to_all(rows, self.group, sent, received)
         y = _Permute.apply(experts(_Permute.apply(y, order, back), arriving.sum(0)), back, order)
-        return _Exchange.apply(y, received, sent, self.group)
+        return all_to_all(y, self.group, received, sent)
 
 
 def by_expert(counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -55,24 +55,6 @@ def by_expert(counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     back = torch.empty_like(order)
     back[order] = torch.arange(rows, device=order.device)
     return order, back
-
-
-def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
-    """The first sent[0] rows to the first rank, and so on. x (sum of sent, E) -> (sum of received, E), by rank."""
-    y = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(y, x.contiguous(), received, sent, group=group.handle)
-    return y
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(x, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -93,6 +75,7 @@ class ContextMicrobatch:
 
     def __init__(self, group: Group, method: str):
         self.group, self.method, self.size = group, method, group.size
+        self._places: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def total(self, x: Tensor) -> Tensor:
         """Sum over the ranks, a new tensor."""
@@ -100,14 +83,18 @@ class ContextMicrobatch:
 
     def gather(self, x: Tensor) -> Tensor:
         """What all ranks have, in the order of the sample. x (B, S / size, ...) -> (B, S, ...)."""
-        length = x.shape[1] * self.size
-        places = torch.cat([local_tokens(self.method, self.size, rank, length) for rank in range(self.size)])
-        return all_gather(x, self.group, dim=1).index_select(1, places.argsort().to(x.device))
+        return all_gather(x, self.group, dim=1).index_select(1, self._order(x.shape[1] * self.size, x.device)[0])
 
     def local(self, whole: Tensor) -> Tensor:
         """This rank's tokens. whole (B, S, ...) -> (B, S / size, ...)."""
-        places = local_tokens(self.method, self.size, self.group.rank, whole.shape[1])
-        return whole.index_select(1, places.to(whole.device))
+        return whole.index_select(1, self._order(whole.shape[1], whole.device)[1])
+
+    def _order(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where a sample's tokens lie among those of one rank after the other, and the places of this rank's in the sample."""
+        if (length, device) not in self._places:
+            places = [local_tokens(self.method, self.size, rank, length) for rank in range(self.size)]
+            self._places[length, device] = torch.cat(places).argsort().to(device), places[self.group.rank].to(device)
+        return self._places[length, device]
 
 
 def apply_expert_parallel(model: nn.Module, plan: dict[str, str], topology: Topology, method: str) -> None:

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
+from megalm.config.train import SMALLEST_OFFLOADED
 from megalm.parallel.offload_stores import Away, DiskStore, HostStore, Store
-
-SMALLEST = 1 << 20  # bytes; what is smaller is not worth a copy of its own
 
 
 class Saved:
@@ -113,7 +112,7 @@ class Offload:
     """Sends away what the blocks of one chunk keep, and brings it back."""
 
     def __init__(self, store: Store, smallest: int | None = None):
-        self.store, self.smallest = store, SMALLEST if smallest is None else smallest
+        self.store, self.smallest = store, SMALLEST_OFFLOADED if smallest is None else smallest
         self.recent: deque[Shelf] = deque()  # of the last blocks that ran forward, two at the most
         self.shelf: Shelf | None = None  # of the block that runs forward
         self.parameters: list[nn.Parameter] = []  # of that block
@@ -130,7 +129,7 @@ class Offload:
         self.shelf = Shelf(None if is_first else self.recent[-1])
         self.recent.append(self.shelf)
         self.parameters = list(block.parameters())
-        self.shared = {_address(x) for x in tree_leaves((args[1:], kwargs)) if isinstance(x, Tensor)}
+        self.shared = {address_of(x) for x in tree_leaves((args[1:], kwargs)) if isinstance(x, Tensor)}
         try:
             with saved_tensors_hooks(self.pack, self.unpack):
                 return forward(*args, **kwargs)
@@ -143,9 +142,9 @@ class Offload:
         assert self.shelf is not None, "only while a block runs forward"
         if x.layout != torch.strided:
             return x
-        address, nbytes = _address(x), x.untyped_storage().nbytes()
+        address, nbytes = address_of(x), x.untyped_storage().nbytes()
         for parameter in self.parameters:
-            if address == _address(parameter) and nbytes:
+            if address == address_of(parameter) and nbytes:
                 return OfParameter(parameter, int(x.storage_offset() - parameter.storage_offset()), x.size(), x.stride())
         if nbytes < max(self.smallest, 1) or address in self.shared:
             return x
@@ -187,5 +186,6 @@ def apply_offload(model: nn.Module, offload: Offload | None) -> None:
         block.forward = partial(offload.run, block, block.forward, place == 0)
 
 
-def _address(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+def address_of(x: Any) -> int:
+    """Where a tensor's storage is; 0 for what has none."""
+    return x.untyped_storage().data_ptr() if isinstance(x, Tensor) else 0

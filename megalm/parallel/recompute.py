@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from megalm.parallel.offload import Offload
+from megalm.parallel.offload import Offload, address_of
 from megalm.parallel.topology import Group
 from megalm_kernels.attention.operators import attention_forward_op
 from megalm_kernels.grouped_linear import grouped_linear_op
@@ -123,9 +123,9 @@ class _Keep(TorchDispatchMode):
             kept = args[0] if collective else result
             self.results.append(tree_map(partial(self.selection.keep, wanted), kept))
             if wanted and not collective:
-                self.products |= {_address(x) for x in tree_leaves(result)} - {0}  # 0: no rows, no memory
+                self.products |= {address_of(x) for x in tree_leaves(result)} - {0}  # 0: no rows, no memory
         elif operation._schema.is_mutable:
-            assert _address(args[0]) not in self.products, f"{operation} changes a result that is kept for the backward"
+            assert address_of(args[0]) not in self.products, f"{operation} changes a result that is kept for the backward"
         return result
 
 
@@ -178,9 +178,9 @@ class _Watch:
 
     def see(self, operation: Any, args: Any, result: Any) -> None:
         """Anything else. Views and copies are the result still."""
-        if any(_address(x) in self._sources for x in tree_leaves(result)):
+        if any(address_of(x) in self._sources for x in tree_leaves(result)):
             return
-        sources = {self._sources[_address(x)] for x in tree_leaves(args) if _address(x) in self._sources}
+        sources = {self._sources[address_of(x)] for x in tree_leaves(args) if address_of(x) in self._sources}
         if operation in _COPIES and len(sources) == 1:
             self._follow(result, *sources)
         else:
@@ -188,18 +188,13 @@ class _Watch:
 
     def _mark(self, args: Any) -> None:
         for x in tree_leaves(args):
-            if _address(x) in self._sources:
-                self.read[self._sources[_address(x)]] = True
+            if address_of(x) in self._sources:
+                self.read[self._sources[address_of(x)]] = True
 
     def _follow(self, x: Any, source: _Name) -> None:
-        if address := _address(x):
+        if address := address_of(x):
             self._sources[address] = source
             self._alive.append(x)
-
-
-def _address(x: Any) -> int:
-    """Where a tensor's storage is; 0 for what has none."""
-    return x.untyped_storage().data_ptr() if isinstance(x, Tensor) else 0
 
 
 def _finished_work() -> Any:

@@ -40,6 +40,11 @@ class Shard:
         return tuple(begins.get(dim, 0) for dim in range(len(self.global_shape)))
 
     @property
+    def is_dealt_out(self) -> bool:
+        """Whether it is of experts of which other ranks have others."""
+        return self.first_expert is not None
+
+    @property
     def is_partial(self) -> bool:
         """Whether the gradient is complete only once it is summed over the tensor group."""
         return self.partial or self.copies > 1

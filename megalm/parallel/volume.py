@@ -21,7 +21,7 @@ from megalm.config.train import ITEM_BYTES
 from megalm.parallel.actions import Schedule
 from megalm.parallel.volume_data import data_parallel_calls
 from megalm.parallel.volume_parts import Call, Part, is_repeated
-from megalm.parallel.volume_tokens import local_tokens, token_calls
+from megalm.parallel.volume_tokens import token_calls
 
 
 class Count(NamedTuple):
@@ -89,7 +89,7 @@ def predict(config: RunConfig, schedule: Schedule, rank: int, parts: Mapping[int
 
 def activation_bytes(config: RunConfig) -> int:
     """One microbatch's hidden state, of all tokens that the rank has."""
-    return local_tokens(config) * config.model.hidden_size * ITEM_BYTES[config.train.precision]
+    return config.local_tokens * config.model.hidden_size * ITEM_BYTES[config.train.precision]
 
 
 def _tensor(config: RunConfig, parts: Mapping[int, Sequence[Part]]) -> Iterator[Call]:
@@ -110,8 +110,8 @@ def _tensor(config: RunConfig, parts: Mapping[int, Sequence[Part]]) -> Iterator[
         else:
             yield Call("tensor", "all_reduce", count * (f + g + g_again), size)
         if "norm" in paths:
-            yield Call("tensor", "all_reduce", count, local_tokens(config) * 4)
-            yield Call("tensor", "all_reduce", count, 2 * local_tokens(config) * 4)
+            yield Call("tensor", "all_reduce", count, config.local_tokens * 4)
+            yield Call("tensor", "all_reduce", count, 2 * config.local_tokens * 4)
 
 
 def _forward_again(config: RunConfig, paths: Sequence[str]) -> tuple[int, int]:

@@ -39,16 +39,11 @@ def _forwards(path: str, config: RunConfig) -> int:
     return config.num_microbatches * (2 if is_repeated(path, config) else 1)
 
 
-def local_tokens(config: RunConfig) -> int:
-    """One microbatch's tokens on one rank."""
-    return config.train.micro_batch_size * config.data.seq_length // config.parallel.context_parallel
-
-
 def _attention(config: RunConfig, forwards: int) -> Iterator[Call]:
     model, ranks, backwards = config.model, config.parallel.context_parallel, config.num_microbatches
     heads = model.num_heads // config.parallel.tensor_parallel
     pairs = heads if model.kv_latent_size else max(1, model.num_kv_heads // config.parallel.tensor_parallel)
-    item, per_head = ITEM_BYTES[config.train.precision], local_tokens(config) * model.head_dim
+    item, per_head = ITEM_BYTES[config.train.precision], config.local_tokens * model.head_dim
     if config.parallel.context_method == "ring":
         for operation in ("send", "recv"):
             yield Call("context", operation, (forwards + backwards) * (ranks - 1), 2 * pairs * per_head * item)
@@ -66,13 +61,13 @@ def _router(config: RunConfig, forwards: int) -> Iterator[Call]:
     if model.router_aux_loss or model.router_z_loss or told:
         yield Call("context", "all_reduce", forwards, model.num_experts * _COUNT)
     if model.capacity_factor:
-        yield Call("context", "all_gather", forwards, local_tokens(config) * ranks * model.experts_per_token * _COUNT)
+        yield Call("context", "all_gather", forwards, config.local_tokens * ranks * model.experts_per_token * _COUNT)
 
 
 def _experts(config: RunConfig, forwards: int) -> Iterator[Call]:
     model, backwards = config.model, config.num_microbatches
     kept = min(1.0, model.capacity_factor or 1.0)
-    rows = round(local_tokens(config) * model.experts_per_token * kept)
+    rows = round(config.local_tokens * model.experts_per_token * kept)
     yield Call("expert", "all_to_all", forwards, model.num_experts * _COUNT)
     size = rows * model.hidden_size * ITEM_BYTES[config.train.precision]
     yield Call("expert", "all_to_all", 2 * (forwards + backwards), size, exact=False)

@@ -45,6 +45,6 @@ class ShareOut:
         )
 
     def __call__(self, parameter: nn.Parameter) -> None:
-        converter = self.converter if shard_of(parameter).first_expert is None else self.expert_converter
+        converter = self.expert_converter if shard_of(parameter).is_dealt_out else self.converter
         if converter is not None:
             converter._convert_to_zero_parameters([parameter])

@@ -23,7 +23,7 @@ from megalm.models.init import NoInitialisation, initial_value
 from megalm.models.layers import Dropout, FusesProjections
 from megalm.models.plans import PLANS, TIED
 from megalm.models.registry import build_model
-from megalm.models.router import routers_of
+from megalm.models.router import Router, routers_of
 from megalm.objectives.language_modeling import causal_loss
 from megalm.optim.adam import build_optimizer
 from megalm.optim.groups import build_groups
@@ -62,6 +62,8 @@ class Job:
     loader: Loader
     valid_batches: list[Batch]  # this rank's part of what every evaluation looks at; empty: no evaluation
     corpus: Corpus
+    positions: Tensor  # the places in a sample of the tokens that this rank has, (S',) int64
+    routers: dict[int, Router]  # this rank's, by layer
 
     @property
     def has_loss(self) -> bool:
@@ -102,7 +104,9 @@ def build_job(config: RunConfig, topology: Topology, corpus: Corpus, draw: bool 
     engine = build_engine(config, topology, chunks)
     engine.buffers = dict(item for chunk in chunks for item in chunk.named_buffers())
     executor.serve(engine)
-    return Job(config, topology, stages, chunks, engine, executor, evaluator, loader, valid, corpus)
+    positions = build_places(config, topology).to(topology.device)
+    routers = routers_of(chunks)
+    return Job(config, topology, stages, chunks, engine, executor, evaluator, loader, valid, corpus, positions, routers)
 
 
 def check_reduction(config: RunConfig, schedule: Schedule) -> None:
@@ -271,11 +275,12 @@ def build_places(config: RunConfig, topology: Topology) -> Tensor:
 
 def build_forward(job: Job, batches: list[Batch], divisor: Tensor, losses: list[Tensor]) -> Forward:
     """What the executor runs: a chunk, and on the last stage the loss (sum over tokens / divisor), noted in `losses`."""
-    device, last = job.topology.device, job.executor.schedule.num_stages - 1
-    positions = build_places(job.config, job.topology).to(device)
-    whole_batch = job.config.train.global_batch_size // job.config.train.micro_batch_size
-    for router in routers_of(job.chunks).values():  # every rank of a tensor group adds the same gradient of its losses
-        router.loss_scale = job.engine.scale_loss(torch.ones((), device=device)) / (whole_batch * job.topology.tensor.size)
+    last = job.executor.schedule.num_stages - 1
+    if job.routers:  # every rank of a tensor group adds the same gradient of their losses
+        microbatches = job.config.train.global_batch_size // job.config.train.micro_batch_size
+        scale = job.engine.scale_loss(torch.ones((), device=job.topology.device)) / (microbatches * job.topology.tensor.size)
+        for router in job.routers.values():
+            router.loss_scale = scale
     chunk_of, fused = dict(zip(job.stages, job.chunks, strict=True)), job.config.kernels.fused_loss
 
     def forward(stage: int, microbatch: int, hidden: Hidden | None) -> Tensor:
@@ -283,7 +288,7 @@ def build_forward(job: Job, batches: list[Batch], divisor: Tensor, losses: list[
         x = batch.tokens if hidden is None else hidden
         assert x is not None, "the first stage reads"
         labels = batch.labels if fused and stage == last else None
-        y = chunk_of[stage](x, positions, batch.samples, documents=batch.documents, labels=labels)
+        y = chunk_of[stage](x, job.positions, batch.samples, documents=batch.documents, labels=labels)
         if stage < last:
             return y
         assert batch.labels is not None, "the last stage reads"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megalm.config.parallel import layout_name
-from megalm.errors import writing
 from megalm.log import log
 from megalm.parallel.ledger import Ledger
 from megalm.parallel.volume import Count, Volume, group_sizes, is_covered, wire_bytes
+from megalm.train.rank_report import gather_report
 from megalm.train.traffic import forecast_volume
 from megalm.train.trainer import Hook, StepResult, Trainer
 
@@ -60,21 +57,17 @@ def _report(trainer: Trainer, volume: Volume) -> None:
     if is_covered(config):
         expected = forecast_volume(config, schedule, topology.pipeline.rank)
     mine = {"rank": topology.rank, "pipeline": topology.pipeline.rank, "rows": compare(volume, expected, sizes)}
-    gathered: list[Any] = [None] * topology.world_size
-    dist.gather_object(mine, gathered if topology.rank == 0 else None, 0)
-    if topology.rank:
+    gathered = gather_report(trainer, FILE, mine)
+    if not gathered:
         return
-    path = Path(config.train.run_dir) / FILE
     layout = layout_name(config.parallel, topology.batch.size)
-    with writing(path):
-        path.write_text(json.dumps({"step": trainer.state.step, "layout": layout, "ranks": gathered}, indent=1) + "\n")
     busiest = max(gathered, key=lambda r: sum(row["wire_bytes"] for row in r["rows"]))
     log(f"step {trainer.state.step:>6}  what rank {busiest['rank']} of {len(gathered)} sent in this step, layout {layout}")
     for line in table(busiest["rows"]):
         log(line)
     equal = sum(all(row["equal"] for row in r["rows"]) for r in gathered)
     verdict = "no formula for this layout" if expected is None else f"equal to the formulae on {equal} of {len(gathered)} ranks"
-    log(f"{verdict}; all ranks: {path}")
+    log(f"{verdict}; all ranks: {Path(config.train.run_dir) / FILE}")
 
 
 def compare(volume: Volume, expected: Volume | None, sizes: dict[str, int]) -> list[Row]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megalm.config.parallel import layout_name
-from megalm.errors import writing
 from megalm.log import log
 from megalm.parallel.memory_meter import MemoryMeter
 from megalm.train.forecast import predict_memory
 from megalm.train.hooks import Logging
+from megalm.train.rank_report import gather_report
 from megalm.train.trainer import Hook, StepResult, Trainer
 
 FILE = "memory.json"
@@ -69,22 +66,15 @@ def _updates(trainer: Trainer) -> int:
 
 def _report(trainer: Trainer, meter: MemoryMeter | None) -> None:
     """Every rank's numbers to rank 0, which writes them and shows those of the fullest. Collective."""
-    topology, config, step = trainer.topology, trainer.config, trainer.state.step
+    topology, config = trainer.topology, trainer.config
     predicted = predict_memory(config)[topology.pipeline.rank]
     states, parts = predicted.states, {"activations": predicted.activations, "temporary": predicted.temporary}
     measured = torch.cuda.max_memory_allocated(topology.device) if meter is None else meter.peak
     mine: dict[str, Any] = {"rank": topology.rank, "pipeline": topology.pipeline.rank, "measured": measured}
     mine |= {"predicted": predicted.total, "parts": asdict(states) | parts}
     mine["alive"] = [asdict(alive) for alive in meter.alive()[:KINDS]] if meter is not None else []
-    gathered: list[Any] = [None] * topology.world_size
-    dist.gather_object(mine, gathered if topology.rank == 0 else None, 0)
-    if topology.rank:
-        return
-    path = Path(config.train.run_dir) / FILE
-    layout = layout_name(config.parallel, topology.batch.size)
-    with writing(path):
-        path.write_text(json.dumps({"step": step, "layout": layout, "ranks": gathered}, indent=1) + "\n")
-    log(f"step {step:>6}  {compare(gathered)}; all ranks: {path}")
+    if ranks := gather_report(trainer, FILE, mine):
+        log(f"step {trainer.state.step:>6}  {compare(ranks)}; all ranks: {Path(config.train.run_dir) / FILE}")
 
 
 def compare(ranks: list[dict[str, Any]]) -> str:

@@ -23,7 +23,6 @@ from torch.utils.hooks import RemovableHandle
 from megalm.errors import writing
 from megalm.log import log
 from megalm.parallel.tensor_parallel import ColumnParallelLinear, shard_of
-from megalm.train.build import build_places
 from megalm.train.trainer import Hook, StepResult, Trainer
 
 OUTPUT, OUTPUT_GRADIENT, GRADIENT = "output", "output gradient", "gradient"
@@ -103,7 +102,7 @@ class Recording(Hook):
 
     def _places(self, y: Tensor) -> Tensor:
         """The places in their samples of y's tokens, which may be a slice of this rank's."""
-        places, tensor = build_places(self.trainer.config, self.trainer.topology), self.trainer.topology.tensor
+        places, tensor = self.trainer.job.positions.cpu(), self.trainer.topology.tensor
         return places if y.shape[1] == len(places) else places.chunk(tensor.size)[tensor.rank]
 
     def _add(

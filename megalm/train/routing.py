@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megalm.log import log
-from megalm.models.router import AUX, DROPPED, ENTROPY, TALLIED, TOKENS, Router, Z, routers_of
+from megalm.models.router import AUX, DROPPED, ENTROPY, TALLIED, TOKENS, Z
 from megalm.parallel.collectives import all_reduce
 from megalm.train.hooks import Logging
 from megalm.train.trainer import Hook, StepResult, Trainer
@@ -25,7 +25,7 @@ class Routing(Hook):
         self.logging = logging
 
     def on_start(self, trainer: Trainer) -> None:
-        self.routers: dict[int, Router] = routers_of(trainer.job.chunks)
+        self.routers = trainer.job.routers
 
     def before_step(self, trainer: Trainer) -> None:
         config, step = trainer.config.train, trainer.state.step + 1

@@ -31,10 +31,9 @@ def setting_of(config: RunConfig) -> Setting:
     """What decides about a microbatch's activations on one rank."""
     parallel, train = config.parallel, config.train
     element = ITEM_BYTES[train.precision]
-    length = config.data.seq_length // parallel.context_parallel
     return Setting(
         element,
-        tokens=train.micro_batch_size * length,
+        tokens=config.local_tokens,
         samples=train.micro_batch_size,
         tensor_parallel=parallel.tensor_parallel,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel > 1,

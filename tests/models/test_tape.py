@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
 from megalm.config.model import ModelConfig
-from megalm.models.activations import Setting, block_tape
+from megalm.models.activations import Setting, block_tape, chunk_of
 from megalm.models.registry import build_model
 from megalm.models.tape import Profile, Tape
 from megalm.parallel.memory_meter import MemoryMeter
+from megalm_kernels.linear_cross_entropy import default_chunk
 
 
 def chain() -> Tape:
@@ -153,3 +155,9 @@ def test_a_real_block_needs_as_much(name: str) -> None:
     assert kept == pytest.approx(profile.kept + y.nbytes, rel=0.03)
     assert forward == pytest.approx(profile.forward, rel=0.03)
     assert meter.peak - meter.before == pytest.approx(max(profile.backward + y.nbytes, forward), rel=0.05)
+
+
+def test_the_loss_is_expected_to_use_the_chunks_that_it_uses() -> None:
+    """Both sides know the rule: this floor is without torch."""
+    for tokens, size, vocab_size in product((1, 7, 2048, 5000, 65536), (4, 64, 4096), (11, 32768, 131072)):
+        assert chunk_of(tokens, size, vocab_size) == default_chunk(tokens, size, vocab_size)

@@ -67,7 +67,14 @@ def train(config: RunConfig, topology: Topology, starved: bool) -> dict[str, Any
             router.balance[2:] = -10.0
     schedule = SimpleNamespace(num_stages=1)
     job: Any = SimpleNamespace(
-        config=config, topology=topology, stages=[0], chunks=chunks, engine=engine, executor=SimpleNamespace(schedule=schedule)
+        config=config,
+        topology=topology,
+        stages=[0],
+        chunks=chunks,
+        engine=engine,
+        executor=SimpleNamespace(schedule=schedule),
+        positions=build_places(config, topology),
+        routers=routers_of(chunks),
     )
     told: list[dict[str, Any]] = []
     hook = Routing(SimpleNamespace(write=told.append))  # type: ignore[arg-type]

@@ -227,7 +227,7 @@ CASES = [("tp2_sp", "llama", "none"), ("pp2_zbv", "llama", "selective"), ("dp2_z
 
 def _layouts(rank: int, size: int, folder: Path) -> list[str]:
     """Short runs with and without; what differs."""
-    faults, module.SMALLEST = [], 512
+    faults, module.SMALLEST_OFFLOADED = [], 512
     for layout, architecture, recompute in CASES:
         values = dataclasses.asdict(with_layout(tiny_config(), layout).parallel)
         results = []
