@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -11,7 +12,9 @@ from typing import Any
 
 from megalm.errors import ConfigError, Problem
 from megalm.launchers.sweep.point import read_points
-from megalm.runfolder import read_progress, read_result
+from megalm.observe.folder import read_run
+from megalm.observe.verdict import is_alive, judge
+from megalm.runfolder import read_result
 
 FOLD = "data.fold"
 
@@ -72,10 +75,12 @@ def _settings(entry: dict[str, Any]) -> dict[str, str]:
 
 
 def _row(place: Path, number: str, values: dict[str, str], command: str) -> tuple[Row, str]:
-    result, progress = read_result(place), read_progress(place)
+    result = read_result(place)
     if result is not None:
         return Row(number, values, result.value, result.step, result.status, command), result.metric
-    return Row(number, values, None, progress.step if progress else 0, "not finished" if progress else "not begun", command), ""
+    run = read_run(place, metrics=False)
+    state = judge(run, time.time(), is_alive(run)).state if run.events or run.progress else "not begun"
+    return Row(number, values, None, run.step, state, command), ""
 
 
 def _command(entry: dict[str, Any], without: tuple[str, ...]) -> str:

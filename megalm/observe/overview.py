@@ -12,7 +12,7 @@ from megalm.observe.verdict import Verdict, judge, last_sign
 from megalm.observe.words import clean, count, duration, moment, number, short, told
 
 _BAR, _STARTS, _LABEL = 40, 8, 13  # columns of the bar; starts that are listed; columns of the names
-_COLOURS = {"finished": "32", "running": "32", "stopped": "33", "waiting": "33", "stalled": "31", "failed": "31", "gave up": "31"}
+_COLOURS = {"finished": "32", "running": "32", "pruned": "33", "stopped": "33", "waiting": "33"}  # of the others: red
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def as_text(seen: Overview, events: int, now: float, colour: bool) -> str:
     run, verdict = seen.run, seen.verdict
     state = verdict.state.upper()
     if colour:
-        state = f"\x1b[1;{_COLOURS[verdict.state]}m{state}\x1b[0m"
+        state = f"\x1b[1;{_COLOURS.get(verdict.state, '31')}m{state}\x1b[0m"
     lines = [f"{clean(str(run.folder))}  {state}{': ' + clean(verdict.why) if verdict.why else ''}", "", _bar(run)]
     facts = {
         "loss": short(seen.loss) if seen.loss is not None else "-",
@@ -98,7 +98,7 @@ def as_text(seen: Overview, events: int, now: float, colour: bool) -> str:
     lines += [f"{name:{_LABEL}} {value}" for name, value in facts.items() if value != "-"]
     if seen.starts:
         lines += ["", f"{'start':8}{'at':21}{'steps':20}{'for':14}{'on':18}how it ended", *_start_lines(seen)]
-    if run.failures and verdict.state not in ("running", "finished"):
+    if run.failures and verdict.state not in ("running", "finished", "pruned"):
         lines += ["", f"what the ranks were doing: {clean(str(run.folder / run.failures[0][0]))}"]
     if events and run.events:
         lines += ["", "last events"]

@@ -23,7 +23,7 @@ _EVENTS, _MACHINES, _RANKS = 300, 200, 16  # rows of the tables
 def render(run: Run, parent: Run | None, now: float, alive: bool | None) -> str:
     """The page. `alive`: whether the run's process is there, None if that is not known."""
     verdict, starts, figures = judge(run, now, alive), starts_of(run), Figures()
-    times = times_of(run, starts, verdict.state in ("running", "finished"))
+    times = times_of(run, starts, verdict.state in ("running", "finished", "pruned"))
     parts = [
         _top(run, verdict, now),
         _cards(run, starts, times),

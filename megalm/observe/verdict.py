@@ -1,4 +1,4 @@
-"""How a run is doing: finished, running, stopped, waiting, stalled, failed; by its files, and its process if it is here."""
+"""How a run is doing: finished, pruned, running, stopped, waiting, stalled, failed; by its files and its process."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _GONE_SECONDS = 10.0  # before a process that is not there counts as ended: its 
 class Verdict:
     """What `megalm status` says and exits with."""
 
-    state: str  # finished, running, stopped, waiting, stalled, failed, gave up
+    state: str  # finished, pruned, running, stopped, waiting, stalled, failed, gave up
     why: str
     code: ExitCode
 
     @property
     def is_over(self) -> bool:
         """Nothing will come unless somebody starts it again."""
-        return self.state in ("finished", "gave up", "stopped")
+        return self.state in ("finished", "pruned", "gave up", "stopped")
 
 
 def last_sign(run: Run) -> float | None:
@@ -65,7 +65,9 @@ def judge(run: Run, now: float, alive: bool | None) -> Verdict:
     silent = max(0.0, now - sign) if sign is not None else None
     gone = alive is False and (silent or 0.0) > _GONE_SECONDS
     if run.finished or kind == "finished":
-        early = f"given up by the search, at step {run.step:,}" if run.pruned else f"stopped early, at step {run.step:,}"
+        if run.pruned:
+            return Verdict("pruned", f"given up by the search, at step {run.step:,}", ExitCode.FINISHED)
+        early = f"stopped early, at step {run.step:,}"
         return Verdict("finished", f"all {run.steps:,} steps are done" if run.step >= run.steps else early, ExitCode.FINISHED)
     if kind == "gave_up":
         cancelled = event.get("code") == ExitCode.SAVED

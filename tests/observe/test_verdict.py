@@ -71,7 +71,8 @@ def test_a_job_that_was_cancelled_or_pruned() -> None:
     assert (judge(run, NOW, None).state, judge(run, NOW, None).code) == ("stopped", 75)
     pruned = run_of("started", finished=True, **{"train.steps": 100})
     pruned.pruned = True
-    assert judge(pruned, NOW, None).why == "given up by the search, at step 50"
+    said = judge(pruned, NOW, None)
+    assert (said.state, said.why, said.code) == ("pruned", "given up by the search, at step 50", 0) and said.is_over
 
 
 def test_a_clock_that_is_ahead() -> None:
