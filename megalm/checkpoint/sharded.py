@@ -34,6 +34,7 @@ from megalm.errors import CheckpointError, Problem
 
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "latest"
+_NEXT = LATEST + ".tmp"
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,17 @@ def write_manifest(folder: Path, state: dict[str, Any], config: dict[str, Any], 
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Give a complete checkpoint its name, then point `latest` at it."""
+    """Give a complete checkpoint its name, then point `latest` at it.
+
+    The pointer is written first: a kill between the two steps leaves its word behind (see unnamed_checkpoint).
+    """
     if folder.exists():  # of a run that went back to an earlier one; `latest` does not name it
         _remove(folder)
     _sync(temporary)
-    os.replace(temporary, folder)
-    pointer = folder.parent / (LATEST + ".tmp")
+    pointer = folder.parent / _NEXT
     pointer.write_text(folder.name + "\n")
     _sync(pointer)
+    os.replace(temporary, folder)
     os.replace(pointer, folder.parent / LATEST)
     _sync(folder.parent)
 
@@ -148,6 +152,14 @@ def find_checkpoint(path: Path, key: str = "train.run_dir") -> Path:
     near = difflib.get_close_matches(path.name, runs, 1)
     fix = f"{key}={path.parent / near[0]}" if near else f"train first: megalm pretrain train.run_dir={path}"
     raise CheckpointError(Problem(key, path, rule, "", fix))
+
+
+def unnamed_checkpoint(folder: Path) -> Path | None:
+    """Where there is no `latest`: the first checkpoint of a run that was killed just before it became that; else None."""
+    try:
+        return _named_by(folder / _NEXT)
+    except (OSError, CheckpointError):
+        return None
 
 
 def _named_by(pointer: Path) -> Path:

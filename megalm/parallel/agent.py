@@ -23,7 +23,7 @@ from pathlib import Path
 from megalm.config.cluster import ClusterConfig
 from megalm.config.machine import processes
 from megalm.config.run import RunConfig
-from megalm.errors import ExitCode, MegalmError, Problem, RunError
+from megalm.errors import ConfigError, ExitCode, MegalmError, Problem, RunError
 from megalm.parallel import verdict
 from megalm.parallel.agent_link import LOST_SECONDS, Peers, Wire
 from megalm.parallel.signals import StopRequest
@@ -38,6 +38,7 @@ _ASK_SECONDS = 1.0  # between two requests to stop: a rank that is still importi
 _NOTE_SECONDS = 1.0  # how long to wait for other workers' notes, so that the cause is shown and not its echo
 _STACK_SECONDS = 0.5  # for the stacks to be written
 _DEATH_SECONDS = 15.0  # for all nodes to say that their ranks are gone
+_PORT_SECONDS = 30.0  # for a port to be free again
 _GAP_SECONDS = 3.0  # an agent that did not run for so long was suspended
 
 
@@ -97,7 +98,11 @@ class Lead:
 
     def _attempt(self, attempt: str) -> ExitCode | MegalmError:
         """Start all ranks, and watch them to their end. None is left afterwards."""
-        port = free_port(self.policy.port, self.address)
+        try:
+            port = self._port(attempt)
+        except RunError as error:
+            self._note("failed", attempt=attempt, reason="no port", message=error.problems[0].rule)
+            return error
         self.peers.tell({"start": attempt, "address": self.address, "port": port})
         ranks = Ranks(self.squad, attempt, self.address, port)
         try:
@@ -111,6 +116,19 @@ class Lead:
             self.peers.tell({"kill": True})
             ranks.kill()
             self._wait_for_death()
+
+    def _port(self, attempt: str) -> int:
+        """For the ranks' rendezvous. One that the user named was free once: later starts wait for it. Raises RunError then."""
+        deadline = time.monotonic() + _PORT_SECONDS
+        while True:
+            try:
+                return free_port(self.policy.port, self.address)
+            except ConfigError as error:
+                if attempt == "0.0":
+                    raise
+                if self.stop.signal or time.monotonic() > deadline:
+                    raise RunError(*error.problems) from error
+                self.peers.look(0.2)
 
     def _watch(self, ranks: Ranks) -> tuple[str, list[RankStatus]]:
         """Until something is to be done: what judge says, or lost."""

@@ -11,6 +11,7 @@ that the nodes know it by, and on no other; whoever does not know the token (MEG
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
 import selectors
@@ -24,6 +25,7 @@ from megalm.parallel.verdict import RankStatus
 
 LOST_SECONDS = 15.0
 PING_SECONDS = 1.0
+_PORT_SECONDS = 15.0
 _HELLO_BYTES = 4096  # a stranger is not listened to for longer
 _MOST_BYTES = 1 << 24
 
@@ -82,7 +84,7 @@ class Peers:
     """The lead's side: the agents of the other nodes."""
 
     def __init__(self, num_nodes: int = 1, address: str = "127.0.0.1", port: int = 0, token: str = ""):
-        """Listen, if there are others. Raises ConfigError if that cannot be."""
+        """Listen, if there are others. Raises ConfigError or RunError if that cannot be (see _listen)."""
         self.num_nodes, self.token = num_nodes, token
         self.wires: dict[int, Wire] = {}  # by node
         self.hosts: dict[int, str] = {}
@@ -222,10 +224,22 @@ def connect(address: str, port: int, node: int, host: str, token: str, seconds: 
 
 
 def _listen(address: str, port: int) -> socket.socket:
-    try:
-        server = socket.create_server((address, port), backlog=4096)
-    except OSError as error:
-        rule = f"node 0's agent must be able to listen there ({error.strerror or error})"
-        raise ConfigError(Problem("--head", f"{address}:{port}", rule, "", "another --port, or node 0's own address")) from error
+    """A port that is in use is waited for: whoever had it before, an earlier start of this job perhaps, may be on its way out.
+
+    Raises RunError if it stays so, ConfigError if this node cannot listen there at all.
+    """
+    deadline = time.monotonic() + _PORT_SECONDS
+    while True:
+        try:
+            server = socket.create_server((address, port), backlog=4096)
+            break
+        except OSError as error:
+            in_use = error.errno == errno.EADDRINUSE
+            if in_use and time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            rule = f"node 0's agent must be able to listen there ({error.strerror or error})"
+            problem = Problem("--head", f"{address}:{port}", rule, "", "another --port, or node 0's own address")
+            raise (RunError if in_use else ConfigError)(problem) from error
     server.setblocking(False)
     return server

@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 
 from megalm.config.cluster import ClusterConfig
-from megalm.errors import ConfigError, Problem, RunError
+from megalm.errors import ConfigError, MegalmError, Problem, RunError
 from megalm.parallel.heartbeat import start_heartbeat
 from megalm.parallel.rendezvous import meet
 
+_PORT_SECONDS = 10.0  # a port that was free a moment ago is waited for
 _SETTLE_SECONDS = 0.3  # gloo's threads must let go of Python objects before the interpreter ends, or it aborts
 
 
@@ -37,6 +38,7 @@ class Place:
     port: int
     attempt: str
     store_is_served: bool  # another process (torchrun's agent) serves the store
+    port_was_free: bool = False  # our agent has chosen it for this start, and chooses another for the next
 
 
 def find_place(environ: dict[str, str]) -> Place:
@@ -51,7 +53,8 @@ def find_place(environ: dict[str, str]) -> Place:
             what = f"{rule}; missing: {', '.join(missing)}"
             raise ConfigError(Problem("RANK", environ["RANK"], what, "", "unset RANK, or use torchrun"))
         rank, world, local = (int(environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return Place(rank, world, local, environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), attempt, served)
+        chosen = "MEGALM_HEARTBEAT" in environ and "MEGALM_ATTEMPT" in environ
+        return Place(rank, world, local, environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), attempt, served, chosen)
     if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         rank, world, local = (int(environ[k]) for k in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
         address = environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"])
@@ -120,20 +123,28 @@ def _open_store(place: Place, timeout: timedelta) -> dist.Store:
     if place.world_size == 1:
         return dist.HashStore()
     serves = place.rank == 0 and not place.store_is_served
-    try:
-        return dist.TCPStore(
-            place.address, place.port, place.world_size, is_master=serves, timeout=timeout, wait_for_workers=False
-        )
-    except dist.DistError as error:
-        where = f"{place.address}:{place.port}"
-        seconds = int(timeout.total_seconds())
-        rule = "rank 0 must be able to listen there" if serves else "every rank must reach rank 0's rendezvous"
-        fix = "cluster.port=0 (any free port), or another MASTER_PORT"
-        if not serves:
-            rule = f"rank 0 of {place.world_size} did not arrive within {seconds} s: {rule}"
-            fix = "see in rank 0's log why it did not start; else the address, the port, and the firewall between the machines"
-        problem = Problem("MASTER_ADDR:MASTER_PORT", where, f"{rule} ({str(error).splitlines()[0]})", "", fix)
-        raise (ConfigError if serves else RunError)(problem) from error
+    deadline = time.monotonic() + min(_PORT_SECONDS, timeout.total_seconds())
+    while True:
+        try:
+            return dist.TCPStore(
+                place.address, place.port, place.world_size, is_master=serves, timeout=timeout, wait_for_workers=False
+            )
+        except dist.DistError as error:
+            if serves and place.port_was_free and time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            raise _no_store(place, serves, int(timeout.total_seconds()), str(error).splitlines()[0]) from error
+
+
+def _no_store(place: Place, serves: bool, seconds: int, said: str) -> MegalmError:
+    """Why this rank has no rendezvous. A user's mistake only where the user has named the port."""
+    rule = "rank 0 must be able to listen there" if serves else "every rank must reach rank 0's rendezvous"
+    fix = "cluster.port=0 (any free port), or another MASTER_PORT"
+    if not serves:
+        rule = f"rank 0 of {place.world_size} did not arrive within {seconds} s: {rule}"
+        fix = "see in rank 0's log why it did not start; else the address, the port, and the firewall between the machines"
+    problem = Problem("MASTER_ADDR:MASTER_PORT", f"{place.address}:{place.port}", f"{rule} ({said})", "", fix)
+    return ConfigError(problem) if serves and not place.port_was_free else RunError(problem)
 
 
 def stop_process_group() -> None:

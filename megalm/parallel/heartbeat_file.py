@@ -4,13 +4,15 @@
     rows     one per process group that was used: its name, the last operation, how many there have been
 
 A write to mapped memory costs less than a microsecond and asks nobody: no lock, no system call, no thread that would go on
-beating while the rank hangs. The file lies in memory (/dev/shm), never on a shared disk. Torn reads are possible, and
-harmless: what is read is compared over seconds. No torch.
+beating while the rank hangs. The file lies in memory, never on a shared disk; the agent's has no name, so that nothing is left
+of it when the processes are gone, however they went. Torn reads are possible, and harmless: what is read is compared over
+seconds. No torch.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 import time
 from dataclasses import dataclass
@@ -96,17 +98,40 @@ class HeartbeatFile:
         _BEAT.pack_into(self.memory, _BEAT_AT, self.beats, time.monotonic(), self.row, 0)
 
 
+class Slate:
+    """The agent's side: memory for a rank to write to, which finds it as `path` for as long as this process has it open."""
+
+    def __init__(self, name: str):
+        self._handle, self._last = os.memfd_create(name), Pulse()
+        os.ftruncate(self._handle, SIZE)
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._handle}")
+
+    def read(self) -> Pulse:
+        """What the rank last said, before this was closed; Pulse() if it has said nothing yet."""
+        return _pulse(os.pread(self._handle, SIZE, 0)) if self._handle >= 0 else self._last
+
+    def close(self) -> None:
+        """Give it up; a rank that still has it writes on, unread."""
+        if self._handle >= 0:
+            self._last = self.read()
+            os.close(self._handle)
+            self._handle = -1
+
+
 def make_file(path: Path) -> None:
     """An empty file for a rank to write to. Raises OSError."""
     path.write_bytes(bytes(SIZE))
 
 
 def read_pulse(path: Path) -> Pulse:
-    """What a rank last said; Pulse() if it has said nothing yet, or there is no such file."""
+    """What a rank last said in a file; Pulse() if it has said nothing yet, or there is no such file."""
     try:
-        data = path.read_bytes()
+        return _pulse(path.read_bytes())
     except OSError:
         return Pulse()
+
+
+def _pulse(data: bytes) -> Pulse:
     if len(data) != SIZE or not data.startswith(MAGIC):
         return Pulse()
     _, phase, step, longest = _HEADER.unpack_from(data)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalm.parallel.heartbeat_file import make_file, read_pulse
+from megalm.parallel.heartbeat_file import Pulse, Slate
 from megalm.parallel.verdict import RankStatus
 from megalm.parallel.workers import STARTED, Starter, Worker, start_process, tail_of, this_host
 
@@ -38,6 +36,32 @@ class Squad:
     start: Starter = start_process
 
 
+class Guard:
+    """A shell that outlives a killed agent by a moment, to end what its ranks have started.
+
+    The ranks die with the agent, by its death signal (be_worker); their children would not. It waits for the end of its input.
+    """
+
+    _SCRIPT = 'g=; while read -r p; do g="$g -$p"; done; [ -z "$g" ] || kill -s KILL -- $g'
+
+    def __init__(self) -> None:
+        command, nowhere = ["/bin/sh", "-c", self._SCRIPT], subprocess.DEVNULL
+        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True)
+
+    def add(self, group: int) -> None:
+        """A process group to be ended."""
+        assert self._shell.stdin is not None
+        with suppress(OSError):  # somebody has killed it: the ranks still die with the agent
+            os.write(self._shell.stdin.fileno(), f"{group}\n".encode())
+
+    def dismiss(self) -> None:
+        """All groups have been ended."""
+        self._shell.kill()
+        self._shell.wait()
+        assert self._shell.stdin is not None
+        self._shell.stdin.close()
+
+
 class Ranks:
     """One start of a squad."""
 
@@ -45,25 +69,27 @@ class Ranks:
         """Start them. Those that have been started are ended if one cannot be."""
         self.squad, self.host = squad, this_host()
         self.numbers = range(squad.first_rank, squad.first_rank + squad.num_ranks)
-        self.folder = Path(tempfile.mkdtemp(prefix="megalm-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
         self.workers: list[Worker] = []
+        self.slates: dict[int, Slate] = {}
+        self.guard = Guard()
         for rank in self.numbers:
             error_note(squad.log_dir, rank).unlink(missing_ok=True)
         common = {**squad.environ, "MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(squad.world_size)}
         common |= {"MEGALM_LAUNCHER": str(squad.log_dir), "MEGALM_ATTEMPT": attempt}
         try:
             for place, rank in enumerate(self.numbers):
-                make_file(self._beat(rank))
-                mine = {"RANK": str(rank), "LOCAL_RANK": str(place), "MEGALM_HEARTBEAT": str(self._beat(rank))}
+                slate = self.slates[rank] = Slate(f"megalm-rank-{rank}")
+                mine = {"RANK": str(rank), "LOCAL_RANK": str(place), "MEGALM_HEARTBEAT": str(slate.path)}
                 log_file = self._log_file(rank) if rank > 0 or squad.quiet else None
                 self.workers.append(squad.start(squad.module, squad.arguments, {**common, **mine}, log_file))
+                self.guard.add(self.workers[-1].pid)
         except BaseException:
             self.kill()
             raise
         now = time.monotonic()
         self.seen = dict.fromkeys(self.numbers, (0, now))  # beats, and when they were new
         self.looked = self.last_look = 0.0
-        self.pulses = {rank: read_pulse(self._beat(rank)) for rank in self.numbers}
+        self.pulses = dict.fromkeys(self.numbers, Pulse())
 
     def codes(self) -> list[int | None]:
         """Exit codes; None: it runs."""
@@ -79,7 +105,7 @@ class Ranks:
         if fresh or now - self.last_look >= _LOOK_SECONDS:
             self.last_look = now
             for rank in self.numbers:
-                pulse = self.pulses[rank] = read_pulse(self._beat(rank))
+                pulse = self.pulses[rank] = self.slates[rank].read()
                 if pulse.beats != self.seen[rank][0]:
                     self.seen[rank] = (pulse.beats, now)
         return [self._status(rank, worker, now) for rank, worker in zip(self.numbers, self.workers, strict=True)]
@@ -114,16 +140,15 @@ class Ranks:
         for worker in self.workers:
             with suppress(subprocess.TimeoutExpired):
                 worker.wait(max(0.1, deadline - time.monotonic()))
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.guard.dismiss()
+        for slate in self.slates.values():
+            slate.close()
 
     def _signal(self, number: int) -> None:
         for worker in self.workers:
             if worker.poll() is None:
                 with suppress(OSError):
                     os.kill(worker.pid, number)
-
-    def _beat(self, rank: int) -> Path:
-        return self.folder / f"rank-{rank}"
 
     def _log_file(self, rank: int) -> Path:
         """Where a rank's console goes, with a line that separates this start from earlier ones."""

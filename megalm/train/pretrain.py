@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megalm.checkpoint.sharded import LATEST, MANIFEST, find_checkpoint, read_manifest
+from megalm.checkpoint.sharded import LATEST, MANIFEST, find_checkpoint, read_manifest, unnamed_checkpoint
 from megalm.checkpoint.state import RunState, load_checkpoint, state_of
 from megalm.config.fields import flatten
 from megalm.config.parallel import layout_name
@@ -26,7 +27,7 @@ from megalm.parallel.bootstrap import be_deterministic, start_process_group, sto
 from megalm.parallel.heartbeat import name_groups
 from megalm.parallel.signals import StopRequest
 from megalm.parallel.topology import Topology, build_topology
-from megalm.parallel.workers import make_folder, note_error
+from megalm.parallel.workers import make_folder, note_error, this_attempt
 from megalm.train.build import build_job
 from megalm.train.counting import Counting
 from megalm.train.forecast import describe_memory
@@ -42,6 +43,8 @@ from megalm.train.trace import Tracing
 from megalm.train.tracking import build_trackers
 from megalm.train.trainer import Hook, Trainer
 from megalm_kernels import Choice
+
+_HANDOVER_SECONDS = 60.0  # for the start before this one to be gone
 
 
 def pretrain(config: RunConfig, stop: StopRequest | None = None) -> ExitCode:
@@ -78,18 +81,31 @@ def pretrain(config: RunConfig, stop: StopRequest | None = None) -> ExitCode:
 
 
 def lock_folder(run_dir: Path) -> TextIO:
-    """Hold the run's folder until the file is closed or the process ends. Raises ConfigError if another run holds it."""
+    """Hold the run's folder until the file is closed or the process ends. Raises ConfigError if another run holds it.
+
+    A start after the first waits for the one before it, whose processes may be on their way out, here or on a machine that a
+    network file system has not given up yet; RunError, which is no refusal, if they are not gone in time.
+    """
     file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  open for as long as the run
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = file.read().strip()
-        file.close()
-        rule = f"another run is writing there (process {owner})"
-        raise ConfigError(Problem("train.run_dir", run_dir, rule, "", "another train.run_dir, or wait for its end")) from error
-    except OSError as error:  # some network file systems
-        log(f"{run_dir} is not locked ({error.strerror}): do not start a second run there")
+    is_first = this_attempt() in ("0", "0.0")
+    deadline = time.monotonic() + (0.0 if is_first else _HANDOVER_SECONDS)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            file.seek(0)
+            owner = file.read().strip()
+            file.close()
+            rule = f"another run is writing there (process {owner})"
+            problem = Problem("train.run_dir", run_dir, rule, "", "another train.run_dir, or wait for its end")
+            raise (ConfigError if is_first else RunError)(problem) from error
+        except OSError as error:  # some network file systems
+            log(f"{run_dir} is not locked ({error.strerror}): do not start a second run there")
+            break
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
@@ -161,6 +177,8 @@ def find_source(config: RunConfig, run_dir: Path) -> Path | None:
     own = run_dir / "checkpoints"
     if (own / LATEST).is_file():
         return find_checkpoint(run_dir)
+    if (first := unnamed_checkpoint(own)) is not None:
+        return first
     if found := sorted(path.parent.name for path in own.glob(f"step-*/{MANIFEST}")):
         rule = f"must name the checkpoint to go on from; there are {', '.join(found)}"
         raise CheckpointError(Problem(str(own / LATEST), "missing", rule, "", f"echo {found[-1]} > {own / LATEST}"))

@@ -1,34 +1,32 @@
-"""The agent: what it thinks of its ranks, what it does when they die or hang, and that it leaves nobody behind.
+"""The agent: what it thinks of its ranks, and what it does when they die or hang.
 
 The ranks here are small programs without torch, with real heartbeats; tests/train/test_restart.py has real ones.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megalm.errors import ExitCode, HopelessError, MegalmError, Problem, RunError
+from megalm.errors import ConfigError, ExitCode, HopelessError, MegalmError, Problem, RunError
 from megalm.parallel import agent as agent_module
 from megalm.parallel import squad as squad_module
 from megalm.parallel import verdict
 from megalm.parallel.agent import Lead, Policy
-from megalm.parallel.agent_link import Peers, connect
+from megalm.parallel.agent_link import Peers
 from megalm.parallel.heartbeat_file import Collective, Pulse
 from megalm.parallel.signals import StopRequest
-from megalm.parallel.squad import Squad, process_state
 from megalm.parallel.verdict import Patience, RankStatus
 from megalm.parallel.workers import free_port, note_error
 from megalm.runfolder import Progress, read_events, write_progress
+from tests.parallel.dummies import alive, kinds, lead, pids
 
 # --- what it thinks ---------------------------------------------------------------------------------------------------
 
@@ -114,88 +112,6 @@ def test_the_exit_code_that_forbids_a_restart_wins(codes: tuple[int, int], expec
 
 
 # --- what it does -----------------------------------------------------------------------------------------------------
-
-WORKER = '''
-import json, os, signal, sys, time
-from pathlib import Path
-from megalm.parallel.heartbeat_file import HeartbeatFile
-from megalm.parallel.workers import free_port, note_error
-
-rank, what, run_dir = int(os.environ["RANK"]), sys.argv[1], Path(sys.argv[2])
-attempt = os.environ["MEGALM_ATTEMPT"]
-beat = HeartbeatFile(Path(os.environ["MEGALM_HEARTBEAT"]))
-asked = []
-signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
-signal.signal(signal.SIGUSR2, lambda *_: Path(os.environ["MEGALM_LAUNCHER"], f"stacks-rank-{rank}.txt").touch())
-with open(run_dir / f"start-{attempt}-{rank}", "w") as file:
-    file.write(json.dumps({"pid": os.getpid(), "port": os.environ["MASTER_PORT"], "world": os.environ["WORLD_SIZE"]}))
-row, first = beat.add_group("data 0-1"), attempt.endswith(".0")
-if what == "children":
-    import subprocess
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
-    (run_dir / f"child-{rank}").write_text(str(child.pid))
-for step in range(1, 3000):  # a minute
-    beat.enter(row, b"all_reduce")
-    time.sleep(0.02)
-    beat.leave()
-    beat.say("start" if what == "refused" else "train", step, 0.02)
-    if rank == 1 and step == (1 if what == "refused" else 20 if what == "refused-later" else 10):
-        if what == "kill" and first or what == "always":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if what in ("stop", "stop-always") and (first or what == "stop-always"):
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if what == "hang" and first:
-            time.sleep(300)
-        if what in ("refused", "hopeless", "refused-later"):
-            from megalm.errors import ConfigError, HopelessError, Problem
-            error = {"refused": ConfigError, "hopeless": HopelessError}.get(what, ConfigError)(Problem("a.b", 1, "must be 2"))
-            note_error(error)
-            sys.exit(error.exit_code)
-    if rank != 1 and step == 11 and (what in ("kill", "stop", "hang") and first or what in ("always", "stop-always")):
-        beat.enter(row, b"all_reduce")
-        time.sleep(300)  # for rank 1
-    if asked:
-        sys.exit(75)
-    if step == 30 and what not in ("children", "long"):
-        sys.exit(0)
-'''
-
-
-@pytest.fixture
-def squad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """squad("kill", first_rank, ranks here, ranks in all): what to start."""
-    (tmp_path / "path" / "dummy_ranks").mkdir(parents=True)
-    (tmp_path / "path" / "dummy_ranks" / "__init__.py").touch()
-    (tmp_path / "path" / "dummy_ranks" / "worker.py").write_text(WORKER)
-    (tmp_path / "logs").mkdir()
-    root = Path(__file__).parents[2]
-    paths = [str(tmp_path / "path"), str(root), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setattr(agent_module, "_NOTE_SECONDS", 0.3)
-
-    def build(what: str, first_rank: int = 0, here: int = 2, world_size: int = 2) -> Squad:
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        words = [what, str(tmp_path)]
-        return Squad("dummy_ranks.worker", words, tmp_path / "logs", environ, first_rank, here, world_size, quiet=True)
-
-    return build
-
-
-def lead(squad: Squad, run_dir: Path, restarts: int = 0, seconds: float = 1.0, stop: StopRequest | None = None) -> ExitCode:
-    policy = Policy(run_dir, restarts, Patience(seconds, 30.0, 30.0), 30.0, job_attempt="4")
-    return Lead(squad, policy, Peers(), stop or StopRequest()).run()
-
-
-def pids(run_dir: Path) -> list[int]:
-    return [json.loads(path.read_text())["pid"] for path in run_dir.glob("start-*")]
-
-
-def alive(numbers: list[int]) -> list[int]:
-    return [pid for pid in numbers if process_state(pid) not in ("", "Z")]
-
-
-def kinds(run_dir: Path) -> list[str]:
-    return [event["kind"] for event in read_events(run_dir)]
-
 
 def test_all_end_well(squad, tmp_path: Path) -> None:
     assert lead(squad("fine"), tmp_path) == ExitCode.FINISHED
@@ -301,52 +217,6 @@ def test_an_agent_that_was_suspended_raises_no_alarm(squad, tmp_path: Path, monk
     assert alive(pids(tmp_path)) == []
 
 
-PROGRAM = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from megalm.parallel.agent import Lead, Policy
-from megalm.parallel.agent_link import Peers
-from megalm.parallel.signals import StopRequest
-from megalm.parallel.squad import Squad
-import os
-run_dir = Path({run_dir!r})
-squad = Squad("dummy_ranks.worker", [{what!r}, str(run_dir)], run_dir / "logs", dict(os.environ), 0, 2, 2, True)
-Lead(squad, Policy(run_dir), Peers(), StopRequest()).run()
-"""
-
-
-def test_no_rank_outlives_an_agent_that_is_killed(squad, tmp_path: Path) -> None:
-    environ = squad("long").environ
-    program = PROGRAM.format(tests="", run_dir=str(tmp_path), what="long")
-    process = subprocess.Popen([sys.executable, "-c", program], env=environ)
-    deadline = time.monotonic() + 30
-    while len(list(tmp_path.glob("start-*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.3)
-    left = pids(tmp_path)
-    assert len(alive(left)) == 2
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 10
-    while alive(left) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert alive(left) == []
-
-
-def test_no_child_outlives_its_rank(squad, tmp_path: Path) -> None:
-    ranks = squad_module.Ranks(squad("children"), "0.0", "127.0.0.1", 1)
-    deadline = time.monotonic() + 30
-    while len(list(tmp_path.glob("child-*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.2)
-    left = [int(path.read_text()) for path in tmp_path.glob("child-*")]
-    assert len(alive(left)) == 2
-    ranks.kill()
-    time.sleep(0.2)
-    assert alive(left) == []
-
-
 def test_a_hopeless_error_keeps_its_code_in_the_note(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("MEGALM_LAUNCHER", str(tmp_path))
     monkeypatch.setenv("RANK", "0")
@@ -354,138 +224,40 @@ def test_a_hopeless_error_keeps_its_code_in_the_note(tmp_path: Path, monkeypatch
     assert '"exit_code": 3' in (tmp_path / "error-rank-0.json").read_text()
 
 
-# --- several nodes: agents on one machine that know of each other by the link alone ------------------------------------
+# --- a port that is taken ---------------------------------------------------------------------------------------------
 
-NODE = """
-import os, sys
-from pathlib import Path
-from megalm.errors import MegalmError
-from megalm.parallel.agent import Lead, Policy, follow
-from megalm.parallel.agent_link import Peers, connect
-from megalm.parallel.signals import StopRequest
-from megalm.parallel.squad import Squad
-from megalm.parallel.verdict import Patience
-run_dir, what, node, port, restarts = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
-squad = Squad("dummy_ranks.worker", [what, str(run_dir)], run_dir / "logs", dict(os.environ), node, 1, 2, True)
-with StopRequest() as stop:
+
+def test_a_port_that_the_user_named_must_be_free(squad, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        policy = Policy(tmp_path, 3, port=taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=r"cluster\.port = "):
+            Lead(squad("fine"), policy, Peers(), StopRequest()).run()
+    assert pids(tmp_path) == [] and kinds(tmp_path) == []
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_at_a_later_start_it_is_waited_for(freed: bool, squad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was free once, so the command is good; that it stays taken is a failure like any other, not a refusal."""
+    monkeypatch.setattr(agent_module, "_PORT_SECONDS", 60.0 if freed else 0.5)
+    port = free_port()
+    leader = Lead(squad("kill"), Policy(tmp_path, 1, Patience(1.0, 30.0, 30.0), port=port), Peers(), StopRequest())
+    original, taken = leader._explain, list[socket.socket]()
+
+    def explain(*details):
+        taken.append(socket.create_server(("127.0.0.1", port)))
+        if freed:
+            threading.Timer(1.0, taken[0].close).start()
+        return original(*details)
+
+    leader._explain = explain  # type: ignore[method-assign]
     try:
-        if node:
-            code = follow(squad, connect("127.0.0.1", port, node, f"n{node}", os.environ["MEGALM_TOKEN"], 20.0), stop)
+        if freed:
+            assert leader.run() == ExitCode.FINISHED and kinds(tmp_path) == ["failed", "restarted"]
         else:
-            policy = Policy(run_dir, restarts, Patience(1.0, 30.0, 30.0), 20.0)
-            code = Lead(squad, policy, Peers(2, "127.0.0.1", port, os.environ["MEGALM_TOKEN"]), stop).run()
-    except MegalmError as error:
-        print(error, file=sys.stderr)
-        code = error.exit_code
-sys.exit(code)
-"""
-
-
-@pytest.fixture
-def nodes(squad, tmp_path: Path):
-    """nodes("kill", restarts): two agents with a rank each; whatever is left of them is ended."""
-    started: list[subprocess.Popen] = []
-
-    def start(what: str, restarts: int = 0, token: str = "secret") -> list[subprocess.Popen]:
-        port = str(free_port())
-        for node in (0, 1):
-            environ = {**squad(what).environ, "MEGALM_TOKEN": token if node else "secret", "SLURMD_NODENAME": f"n{node}"}
-            words = [sys.executable, "-c", NODE, str(tmp_path), what, str(node), port, str(restarts)]
-            started.append(subprocess.Popen(words, env=environ))
-        return started
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def wait_for(what, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.05)
-
-
-def test_two_nodes_end_well(nodes, tmp_path: Path) -> None:
-    assert [process.wait(60) for process in nodes("fine")] == [0, 0]
-    assert sorted(path.name for path in tmp_path.glob("start-*")) == ["start-0.0-0", "start-0.0-1"]
-    starts = [json.loads(path.read_text()) for path in tmp_path.glob("start-*")]
-    assert starts[0]["port"] == starts[1]["port"] and starts[0]["world"] == "2"
-
-
-@pytest.mark.parametrize(("what", "told"), [("kill", "failed"), ("hang", "stalled")])
-def test_a_rank_of_another_node_is_named_and_both_nodes_start_again(what: str, told: str, nodes, tmp_path: Path) -> None:
-    assert [process.wait(60) for process in nodes(what, 1)] == [0, 0]
-    assert len(list(tmp_path.glob("start-0.1-*"))) == 2 and alive(pids(tmp_path)) == []
-    assert kinds(tmp_path) == [told, "restarted"]
-    event = next(read_events(tmp_path))
-    assert (event["rank"], event["host"]) == (1, "n1")
-    report = (tmp_path / "logs" / "report-0.0.txt").read_text()
-    assert "n0" in report and "n1" in report and "all_reduce 10 of data 0-1" in report
-    assert (tmp_path / "logs" / "stacks-rank-0.txt").exists()
-
-
-def test_both_nodes_end_with_the_code_that_is_due(nodes, tmp_path: Path) -> None:
-    assert [process.wait(60) for process in nodes("hopeless", 3)] == [3, 3]
-    assert len(pids(tmp_path)) == 2
-
-
-def test_a_signal_to_one_agent_reaches_its_own_ranks_and_both_end_saved(nodes, tmp_path: Path) -> None:
-    """Real ranks agree among themselves; these do not, so both agents are told."""
-    agents = nodes("long")
-    wait_for(lambda: len(pids(tmp_path)) == 2)
-    for process in agents:
-        process.send_signal(signal.SIGUSR1)
-    assert [process.wait(60) for process in agents] == [75, 75]
-
-
-@pytest.mark.parametrize("node", [0, 1])
-def test_a_node_that_is_lost_ends_the_others(node: int, nodes, tmp_path: Path) -> None:
-    agents = nodes("long", 3)
-    wait_for(lambda: len(list(tmp_path.glob("start-*"))) == 2)
-    time.sleep(0.5)
-    agents[node].kill()
-    assert agents[1 - node].wait(30) == 1
-    wait_for(lambda: not alive(pids(tmp_path)), 10)
-    if node == 1:
-        event = next(event for event in read_events(tmp_path) if event["kind"] == "failed")
-        assert (event["reason"], event["host"]) == ("lost", "n1")
-
-
-def test_a_node_with_another_token_is_not_let_in(nodes, tmp_path: Path) -> None:
-    agents = nodes("fine", token="guess")
-    assert agents[1].wait(60) == 1
-    assert pids(tmp_path) == [] and agents[0].poll() is None
-
-
-STRANGE = [b"GET / HTTP/1.0\r\n\r\n", b"[]\n", b"x" * 10000, b'{"hello": "secret", "node": "1"}\n', b"{}\n"]
-
-
-@pytest.mark.parametrize("what", STRANGE)
-def test_strangers_are_not_listened_to(what: bytes) -> None:
-    peers = Peers(2, "127.0.0.1", 0, "secret")
-    try:
-        stranger = socket.create_connection(("127.0.0.1", peers.port))
-        stranger.sendall(what)
-        for _ in range(5):
-            peers.look(0.05)
-        assert peers.wires == {} and peers.strangers == [] and stranger.recv(1) == b""
-        stranger.close()
-        wire = connect("127.0.0.1", peers.port, 1, "n1", "secret", 5.0)
-        wire.send({"ranks": [rank(1).to_plain()], "attempt": ""})
-        for _ in range(5):
-            peers.look(0.05)
-        assert peers.hosts == {1: "n1"} and peers.statuses() == [rank(1)]
-        wire.close()
+            with pytest.raises(RunError, match=r"cluster\.port = ") as caught:
+                leader.run()
+            assert caught.value.exit_code == ExitCode.FAILED
+            assert kinds(tmp_path) == ["failed", "restarted", "failed", "gave_up"]
     finally:
-        peers.close()
-
-
-def test_agents_that_do_not_arrive_are_named() -> None:
-    peers = Peers(3, "127.0.0.1", 0, "secret")
-    with pytest.raises(RunError, match="nodes 1, 2 of 3"):
-        peers.gather(0.2, StopRequest())
-    peers.close()
-    with pytest.raises(RunError, match="must reach node 0's within"):
-        connect("127.0.0.1", free_port(), 1, "n1", "secret", 0.3)
+        taken[0].close()
+    assert alive(pids(tmp_path)) == []

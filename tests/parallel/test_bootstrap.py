@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -133,6 +135,21 @@ def test_a_port_in_use_is_named_on_rank_0():
             bootstrap._open_store(place, timedelta(seconds=2))
     problem = caught.value.problems[0]
     assert problem.value == f"127.0.0.1:{place.port}" and "cluster.port=0" in problem.fix
+
+
+def test_a_port_that_our_agent_has_chosen_is_waited_for(monkeypatch):
+    """It was free when the agent looked. That it no longer is, is no mistake of the user's: the next start gets another."""
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    assert not find_place(environ).port_was_free
+    place = find_place({**environ, "MEGALM_HEARTBEAT": "/proc/1/fd/3", "MEGALM_ATTEMPT": "0.0"})
+    assert place.port_was_free
+    taken = socket.create_server(("127.0.0.1", 0))
+    place = replace(place, port=taken.getsockname()[1])
+    with pytest.raises(RunError, match="rank 0 must be able to listen there"):
+        bootstrap._open_store(place, timedelta(seconds=0.5))
+    threading.Timer(0.5, taken.close).start()
+    monkeypatch.setattr(bootstrap, "_PORT_SECONDS", 60.0)
+    assert bootstrap._open_store(place, timedelta(seconds=60)).port == place.port
 
 
 def test_nobody_listening_is_named_on_the_other_ranks():

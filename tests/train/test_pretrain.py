@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import yaml
 from megalm.checkpoint.sharded import LATEST, find_checkpoint
 from megalm.checkpoint.state import RunState
 from megalm.errors import CheckpointError, ConfigError, DataError, ExitCode, RunError
+from megalm.runfolder import read_events
 from megalm.testing import run_distributed
 from megalm.train import pretrain as module
 from megalm.train.pretrain import find_source, pretrain
@@ -183,6 +186,40 @@ def test_two_runs_cannot_share_a_folder(make, records) -> None:
     assert not Path(config.train.run_dir, "metrics.jsonl").exists()
     pretrain(config)
     assert len(records(config)) == 1
+
+
+@pytest.mark.parametrize("attempt", ["0.1", "1", "1.0"])
+def test_a_later_start_waits_for_the_one_before_it(attempt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes may be on their way out. That they are not is no mistake in the command, which was accepted before."""
+    monkeypatch.setenv("MEGALM_ATTEMPT", attempt)
+    held = module.lock_folder(tmp_path)
+    monkeypatch.setattr(module, "_HANDOVER_SECONDS", 0.5)
+    with pytest.raises(RunError, match="another run is writing there"):
+        module.lock_folder(tmp_path)
+    monkeypatch.setattr(module, "_HANDOVER_SECONDS", 60.0)
+    threading.Timer(0.5, held.close).start()
+    module.lock_folder(tmp_path).close()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_was_the_latest(make, records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is on the disk but the last word: it goes on from there."""
+    config = make("run", {"train.steps": 4, "checkpoint.save_every": 2})
+    replace = os.replace
+
+    def stop(source, target) -> None:
+        if Path(target).name == LATEST:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", stop)
+        pretrain(config)
+    dist.destroy_process_group()
+    assert not Path(config.train.run_dir, "checkpoints", LATEST).exists()
+    assert find_source(config, Path(config.train.run_dir)).name == "step-00000002"
+    pretrain(config)
+    assert [event["step"] for event in read_events(Path(config.train.run_dir)) if event["kind"] == "started"] == [0, 2]
+    assert find_checkpoint(Path(config.train.run_dir)).name == "step-00000004"
 
 
 def test_checkpoints_without_a_latest_are_not_buried(make) -> None:
