@@ -9,8 +9,9 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
-from megalm.errors import Problem, RunError
+from megalm.errors import ConfigError, Problem, RunError
 
 _SECONDS = 60.0  # a busy controller may take long; one that is down has been given up by then
 LIVE = {
@@ -31,11 +32,11 @@ class Answer:
 
 
 def ask(*command: str, seconds: float = _SECONDS, environ: Mapping[str, str] | None = None) -> Answer:
-    """Run one of SLURM's commands. Raises RunError where it is not installed or does not answer."""
+    """Run one of SLURM's commands. Raises ConfigError where it is not installed, RunError where it does not answer."""
     if shutil.which(command[0]) is None:
         rule = f"SLURM's {command[0]} is not on the PATH"
         fix = "run this on a login node of the cluster, or write the script with megalm slurm render"
-        raise RunError(Problem(command[0], None, rule, "", fix))
+        raise ConfigError(Problem(command[0], None, rule, "", fix))
     try:
         done = subprocess.run(
             command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds, check=False
@@ -86,6 +87,28 @@ def state_of(job_id: str) -> str:
     return find_job(job_id).get("JobState", "")
 
 
+def was_cancelled(job: Mapping[str, str], restarts: int) -> bool:
+    """Whether a job that got TERM in its start number `restarts` was ended by its user: `job` as `find_job` tells it.
+
+    While its processes are still there SLURM says COMPLETING of a job that was cancelled, preempted, at its time limit or
+    put back to the queue: what the other three leave behind tells them from the first.
+    """
+    state = job.get("JobState", "")
+    if state != "COMPLETING":
+        return state.startswith("CANCELLED")
+    if int(job.get("Restarts", "0")) > restarts or job.get("PreemptTime", "None") != "None":
+        return False
+    limit = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", job.get("TimeLimit", ""))
+    try:
+        ran = datetime.fromisoformat(job["EndTime"]) - datetime.fromisoformat(job["StartTime"])
+    except (KeyError, ValueError):
+        return True
+    if limit is None:  # UNLIMITED
+        return True
+    days, hours, minutes, seconds = (int(part or 0) for part in limit.groups())
+    return ran < timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
 def hostnames(nodelist: str) -> list[str]:
     """`n[1-2],m3` -> n1, n2, m3. Raises RunError."""
     answer = ask("scontrol", "show", "hostnames", nodelist)
@@ -100,6 +123,12 @@ def usable_nodes(partition: str) -> set[str]:
     rows = (line.split() for line in answer.out.splitlines())
     return {row[0] for row in rows if len(row) == 2 and re.fullmatch(r"(idle|mix|alloc|comp|resv|plnd)\W?", row[1]) and
             not row[1].endswith("*")}  # fmt: skip
+
+
+def kinds_of_nodes(partition: str) -> str:
+    """What the nodes of a partition ("": all) have: `8 CPUs gpu:2 feature,...`, each kind once; empty where sinfo is silent."""
+    answer = ask("sinfo", "-h", "-o", "%c CPUs %G %f", *([f"--partition={partition}"] if partition else []))
+    return "; ".join(sorted({line.replace("(null)", "").strip() for line in answer.out.splitlines()} - {""}))
 
 
 def partitions() -> list[str]:

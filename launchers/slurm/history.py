@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import pwd
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,7 +96,10 @@ def check_holder(run_dir: Path, mine: Sequence[str], is_alive: Callable[[str], b
 
 def hold(run_dir: Path, jobs: Sequence[str], host: str) -> None:
     """Write that these jobs write the run from now on."""
-    user = os.environ.get("SLURM_JOB_USER") or os.environ.get("USER") or str(os.getuid())
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # in a container
+        user = str(os.getuid())
     _write(run_dir / FOLDER / _HOLDER, {"jobs": list(jobs), "user": user, "host": host, "time": time.time()})
 
 

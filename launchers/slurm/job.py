@@ -107,7 +107,7 @@ def _is_cancelled(here: Here, wishes: Wishes) -> bool:
     if not wishes.end:
         return False
     try:
-        return client.state_of(here.key).startswith("CANCELLED")
+        return client.was_cancelled(client.find_job(here.key), here.restart)
     except MegalmError:
         return False
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import socket
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any
 
 import yaml
 
+from megalm.config.cluster import SlurmConfig
 from megalm.config.run import RunConfig
 from megalm.errors import ConfigError, Problem, RunError, writing
 from megalm.launchers.slurm import client, history
 from megalm.launchers.slurm.plan import Job, read_job
+from megalm.launchers.slurm.preflight import FREE_BYTES
 from megalm.launchers.slurm.render import LOGS, SCRIPT, render
 
 
@@ -89,9 +93,25 @@ def check_folder(job: Job) -> None:
     if job.slurm.setup and not Path(job.slurm.setup).expanduser().is_file():
         rule = "no such file; the nodes read it, so it lies on a disk that they share"
         problems.append(Problem("slurm.setup", job.slurm.setup, rule, "", "slurm.setup="))
+    problems += _no_room(job.run_dir)
     problems += _other_run(job.run_dir, job.config) if isinstance(job.config, RunConfig) else []
     if problems:
         raise ConfigError(*problems)
+
+
+def _no_room(run_dir: Path) -> list[Problem]:
+    """What the look at the nodes would find: a folder that cannot be written, or a disk that is all but full."""
+    fix = "make room or give permission there, or another train.run_dir"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir) as file:
+            file.write(bytes(1 << 16))
+        free = shutil.disk_usage(run_dir).free
+    except OSError as error:
+        return [Problem("train.run_dir", run_dir, f"cannot be written: {error.strerror or error}", "", fix)]
+    if free >= FREE_BYTES:
+        return []
+    return [Problem("train.run_dir", run_dir, f"its disk has {free >> 20} MiB left", f"{FREE_BYTES >> 20} MiB or more", fix)]
 
 
 def _other_run(run_dir: Path, config: RunConfig) -> list[Problem]:
@@ -124,11 +144,19 @@ def ask_whether(job: Job, script: Path, environ: dict[str, str]) -> None:
         fix = f"slurm.partition={(known or [''])[0]}"
         raise ConfigError(Problem("slurm.partition", s.partition, rule, ", ".join(known), fix))
     if "node configuration" in lower or "node count" in lower or "more processors" in lower:
-        count = len(client.usable_nodes(s.partition))
-        fix = f"slurm.nodes={max(1, count - s.spares)}"
-        allowed = f"the partition has {count} nodes that are up" if count else ""
-        raise ConfigError(Problem("slurm.nodes", s.nodes + s.spares, rule, allowed, fix))
+        raise ConfigError(_too_much(s, rule))
     for word, key in (("account", "account"), ("qos", "qos"), ("reservation", "reservation"), ("feature", "constraint")):
         if word in lower:
             raise ConfigError(Problem(f"slurm.{key}", getattr(s, key), rule, "", f"slurm.{key}="))
     raise ConfigError(Problem("slurm", None, rule, "", f"sbatch --test-only {script}"))
+
+
+def _too_much(s: SlurmConfig, rule: str) -> Problem:
+    """What there is less of than the job asks for: nodes, or where these would do, what each of them has."""
+    count, wanted = len(client.usable_nodes(s.partition)), s.nodes + s.spares
+    asked = [key for key in ("gpus_per_node", "cpus_per_task", "constraint", "exclude") if getattr(s, key)]
+    if count < wanted or not asked:
+        allowed = f"the partition has {count} nodes that are up" if count else ""
+        return Problem("slurm.nodes", wanted, rule, allowed, f"slurm.nodes={max(1, count - s.spares)}")
+    key, allowed = asked[0], f"nodes of {client.kinds_of_nodes(s.partition)}"
+    return Problem(f"slurm.{key}", getattr(s, key), rule, allowed, f"slurm.{key} within what a node has")

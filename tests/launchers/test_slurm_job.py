@@ -208,6 +208,36 @@ def test_the_wish_to_stop_reaches_the_ranks(number: int, play: Play) -> None:
     assert history.read_history(play.run_dir, "s").failures == 0
 
 
+RAN = "StartTime=2026-01-01T10:00:00 TimeLimit=1-01:00:00 EndTime="
+
+
+@pytest.mark.parametrize(
+    ("state", "requeues"),
+    [
+        ("CANCELLED", 0),
+        (f"COMPLETING Restarts=0 PreemptTime=None {RAN}2026-01-01T10:05:00", 0),
+        (f"COMPLETING Restarts=0 PreemptTime=None {RAN}Unknown", 0),
+        (f"COMPLETING Restarts=0 PreemptTime=None {RAN.replace('1-01:00:00', 'UNLIMITED')}2026-02-01T10:05:00", 0),
+        (f"COMPLETING Restarts=0 PreemptTime=None {RAN}2026-01-02T11:00:20", 1),  # at its time limit
+        (f"COMPLETING Restarts=0 PreemptTime=2026-01-01T10:04:00 {RAN}2026-01-01T10:05:00", 1),
+        (f"COMPLETING Restarts=1 PreemptTime=None {RAN}2026-01-01T10:05:00", 1),  # SLURM itself has put it back
+        ("RUNNING", 1),
+    ],
+)
+def test_only_scancel_is_the_users_wish_to_end_it(state: str, requeues: int, play: Play) -> None:
+    """TERM comes for other reasons too, and while the ranks are there SLURM says COMPLETING for all of them."""
+    (play.folder / "state").write_text(state)
+    play.ranks("signal.signal(signal.SIGUSR1, lambda *_: (note(75, 75), sys.exit(0)))\nprint('up', flush=True)\ntime.sleep(60)")
+    process = play.start()
+    assert process.stdout is not None
+    while "up" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert play.requeues() == requeues, out
+    assert ("cancelled: the job ends" in out) is not bool(requeues)
+
+
 def test_a_stalled_run_is_ended(play: Play) -> None:
     play.ranks("signal.signal(signal.SIGUSR2, lambda *_: (logs / 'stacks').touch())\nwhile True:\n    time.sleep(.1)")
     code, out = play.run("cluster.stall_seconds=1", "cluster.rendezvous_seconds=1")

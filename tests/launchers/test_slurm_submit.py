@@ -206,7 +206,7 @@ def test_a_chain(fake: Fake) -> None:
 def test_no_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RunError, match="sbatch is not on the PATH") as caught:
+    with pytest.raises(ConfigError, match="sbatch is not on the PATH") as caught:
         submit(job("train.run_dir=runs/a"))
     assert "megalm slurm render" in str(caught.value)
     assert not Path("runs").exists()
@@ -233,6 +233,18 @@ def test_sbatch_is_asked_first(said: str, key: str, fix: str, fake: Fake) -> Non
     assert not any("--parsable" in call["argv"] for call in fake.calls("sbatch"))
 
 
+def test_a_node_has_less_than_is_asked_of_it(fake: Fake) -> None:
+    """As many nodes as wanted are up: then it is what each should have."""
+    said = "Requested node configuration is not available"
+    fake.answers("sbatch-test", error=f"allocation failure: {said}", code=1)
+    fake.answers("sinfo", out="n1 idle\nn2 mix\n")
+    with pytest.raises(ConfigError) as caught:
+        submit(job("train.run_dir=runs/a", "slurm.nodes=2", "slurm.processes_per_node=1", "slurm.cpus_per_task=999"))
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value) == ("slurm.cpus_per_task", 999) and said in problem.rule
+    assert [call["argv"][1:3] for call in fake.calls("sinfo")][-1] == ["-o", "%c CPUs %G %f"]
+
+
 def test_a_second_job_on_a_folder_is_refused(fake: Fake) -> None:
     submit(job("train.run_dir=runs/a"))
     fake.answers("scontrol", out="JobId=41 JobName=megalm JobState=PENDING Reason=Resources\n")
@@ -253,6 +265,16 @@ def test_the_folder_of_another_model_is_refused(fake: Fake) -> None:
     Path("runs/a/config.yaml").write_text(yaml.safe_dump({"model": {**settings, "num_layers": 99}}))
     with pytest.raises(ConfigError, match=r"begun with model\.num_layers=99"):
         submit(job("train.run_dir=runs/a"))
+
+
+def test_a_folder_without_room_is_refused(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megalm.launchers.slurm.submit.FREE_BYTES", 1 << 60)
+    with pytest.raises(ConfigError, match=r"its disk has \d+ MiB left"):
+        submit(job("train.run_dir=runs/a"))
+    Path("file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        submit(job("train.run_dir=file/a"))
+    assert {call["argv"][0] for call in fake.calls("sbatch")} == {"--version"}
 
 
 def test_a_missing_setup_file(fake: Fake, tmp_path: Path) -> None:

@@ -35,21 +35,27 @@ class Cluster:
             pytest.skip("needs the cluster of namespaces: power and cables of this one are not ours")
         subprocess.run([TOOL, *words], check=True, timeout=60)
 
-    def wait_for_nodes(self, seconds: float = 60.0) -> None:
+    def wait_for_nodes(self, seconds: float = 180.0) -> None:
         """Until all are idle again."""
         end = time.monotonic() + seconds
         while len(client.usable_nodes("train")) < 3:
             assert time.monotonic() < end, client.ask("sinfo", "-N").out
             time.sleep(0.5)
 
+    def seen_from(self, node: str, path: Path) -> Path:
+        """A path as a node has it, with its own mounts."""
+        pid = (Path(os.environ["SLURM_CONF"]).parent / f"{node}.pid").read_text().strip()
+        first = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True, check=True).stdout.strip()
+        return Path(f"/proc/{first}/root{path}")
+
     def submit(self, *arguments: str) -> str:
         """megalm slurm submit pretrain ...; the job's number."""
         words = [sys.executable, "-m", "megalm.launchers.cli", "slurm", "submit", "pretrain", *arguments]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()[1].rstrip(":")
 
-    def wait(self, job: str, seconds: float = 240.0) -> dict[str, str]:
+    def wait(self, job: str, seconds: float = 600.0) -> dict[str, str]:
         """Until it has ended; what scontrol says of it."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -108,35 +114,32 @@ class Run:
             "model.vocab_size": 300, "model.hidden_size": 32, "model.num_layers": 2, "model.num_heads": 4,
             "model.num_kv_heads": 2, "model.max_seq_length": 32, "data.path": shared / "data" / "corpus",
             "data.seq_length": 16, "train.steps": 150, "train.global_batch_size": 4, "train.micro_batch_size": 1,
-            "train.run_dir": self.folder, "checkpoint.save_every": 50, "cluster.device": "cpu", "cluster.threads": 1,
+            "train.run_dir": self.folder, "train.log_every": 1, "checkpoint.save_every": 50, "cluster.device": "cpu",
+            "cluster.threads": 1,
         }  # fmt: skip
         self.settings: dict[str, Any] = settings
-
-    def wait_for_nodes(self, seconds: float = 60.0) -> None:
-        """Until all are idle again."""
-        end = time.monotonic() + seconds
-        while len(client.usable_nodes("train")) < 3:
-            assert time.monotonic() < end, client.ask("sinfo", "-N").out
-            time.sleep(0.5)
 
     def submit(self, *arguments: str) -> str:
         return self.cluster.submit(*(f"{key}={value}" for key, value in self.settings.items()), *arguments)
 
-    def losses(self) -> list[tuple[int, float]]:
+    def records(self) -> list[dict[str, Any]]:
+        """Of the steps that counted."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        return [(record["step"], record["loss"]) for record in records if "loss" in record]
+        return [record for record in map(json.loads, lines) if "loss" in record]
+
+    def losses(self) -> list[tuple[int, float]]:
+        return [(record["step"], record["loss"]) for record in self.records()]
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in read_events(self.folder) if event["kind"] == kind]
 
-    def wait_for(self, what: Callable[[], Any], seconds: float = 120.0) -> None:
+    def wait_for(self, what: Callable[[], Any], seconds: float = 300.0) -> None:
         end = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < end, f"waited {seconds:.0f} s in vain; the job's log:\n{self.log()}"
             time.sleep(0.2)
 
-    def wait_for_step(self, step: int, seconds: float = 120.0) -> None:
+    def wait_for_step(self, step: int, seconds: float = 300.0) -> None:
         self.wait_for(lambda: (progress := read_progress(self.folder)) and progress.step >= step, seconds)
 
     def log(self) -> str:
