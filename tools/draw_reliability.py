@@ -68,10 +68,13 @@ class Fault:
         self.fault, self.run_dir, self.source = fault, run_dir, source
         self.began, self.step = time.time(), last_step(run_dir)
 
-    def note(self, outcome: str, identical: bool | None = None) -> Row:
-        """Add the line that the run's events and metrics tell. Exact to a step where train.log_every=1."""
+    def note(self, outcome: str, identical: bool | None = None, by: str = "") -> Row:
+        """Add the line that the run's events and metrics tell. Exact to a step where train.log_every=1.
+
+        by: the kind of event that counts as having noticed; else the first of any kind that tells of something amiss.
+        """
         events = [event for event in read_events(self.run_dir) if event["time"] >= self.began]
-        noticed = next((event["time"] for event in events if event["kind"] in _NOTICED), None)
+        noticed = next((event["time"] for event in events if event["kind"] in ({by} if by else _NOTICED)), None)
         start = next((event for event in events if event["kind"] == "started"), None)
         again, lost = None, None
         if start is not None:

@@ -11,7 +11,7 @@ import pytest
 
 from megalm.launchers.slurm import client
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1200)]
 TWO_BY_TWO = ("parallel=tp2_pp2", "slurm.nodes=2")
 BY_RANK = "slurm.launch=rank"
 
@@ -23,11 +23,12 @@ def ranks_of(run) -> list[int]:
 
 
 @pytest.mark.parametrize("node", ["n2", "n1"])
-def test_a_power_cut_costs_what_was_not_saved(node: str, whole, make, cluster) -> None:
+def test_a_power_cut_costs_what_was_not_saved(node: str, whole, make, cluster, fault) -> None:
     """n1 runs the batch script, n2 does not. The run goes on from its last checkpoint, on the nodes that are left."""
     run = make(f"power-{node}")
     job = run.submit(*TWO_BY_TWO, BY_RANK)
     run.wait_for_step(60)
+    cut = fault("node power cut", run.folder)
     cluster.tool("off", node)
     try:
         found = cluster.wait(job)
@@ -37,12 +38,14 @@ def test_a_power_cut_costs_what_was_not_saved(node: str, whole, make, cluster) -
     assert found["JobState"] == "COMPLETED", run.log()
     last = run.events("started")[-1]
     assert last["step"] == 50 and node not in last["hosts"]
+    cut.note("back to the queue, on the nodes that are left", run.losses() == whole.losses())
     assert run.losses() == whole.losses()
 
 
-def test_a_missing_node(make, cluster) -> None:
+def test_a_missing_node(make, cluster, fault) -> None:
     """n2 is off, and the controller does not know it yet."""
     run = make("missing")
+    missing = fault("missing node", run.folder)
     cluster.tool("off", "n2")
     try:
         job = run.submit("parallel=tp2", "slurm.nodes=2", BY_RANK, "train.steps=5", "optim.warmup_steps=1")
@@ -53,12 +56,14 @@ def test_a_missing_node(make, cluster) -> None:
     assert found["JobState"] == "COMPLETED", run.log()
     assert "bad node n2: srun cannot reach it" in run.log() and "bad node n1" not in run.log()
     assert run.events("started")[-1]["hosts"] == ["n1", "n3"]
+    missing.note("excluded, back to the queue")
 
 
-def test_a_cut_cable(whole, make, cluster) -> None:
+def test_a_cut_cable(whole, make, cluster, fault) -> None:
     run = make("cable")
     job = run.submit(*TWO_BY_TWO, BY_RANK, "cluster.timeout_seconds=20")
     run.wait_for_step(60)
+    cut = fault("cut cable", run.folder)
     cluster.tool("unplug", "n2")
     try:
         found = cluster.wait(job)
@@ -66,36 +71,41 @@ def test_a_cut_cable(whole, make, cluster) -> None:
         cluster.tool("plug", "n2")
         cluster.wait_for_nodes()
     assert found["JobState"] == "COMPLETED", run.log()
+    cut.note("back to the queue, on the nodes that are left", run.losses() == whole.losses())
     assert run.losses() == whole.losses()
 
 
-def test_a_hung_rank_is_found(whole, make, cluster) -> None:
+def test_a_hung_rank_is_found(whole, make, cluster, fault) -> None:
     """One task per rank has no agent: the supervisor misses the steps, asks for stacks, and starts again."""
     run = make("hung")
     job = run.submit(*TWO_BY_TWO, BY_RANK, "cluster.stall_seconds=15")
     run.wait_for_step(60)
+    stop = fault("stopped rank", run.folder)
     os.kill(ranks_of(run)[-1], signal.SIGSTOP)
     found = cluster.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), run.log()
     assert run.events("stalled")[0]["step"] >= 60
     assert "rank-" in run.log().split("in a call that does not end: ")[1].split()[0], "the stopped one is named"
     assert len([path for path in (run.folder / "logs").glob("*.0/stacks-rank-*.txt") if path.stat().st_size]) == 3
+    stop.note("a job without agents, stall_seconds=15: back to the queue", run.losses() == whole.losses())
     assert run.losses() == whole.losses()
 
 
-def test_a_killed_rank_is_restarted_in_place(whole, make, cluster) -> None:
+def test_a_killed_rank_is_restarted_in_place(whole, make, cluster, fault) -> None:
     """By the agents: the job never leaves its nodes."""
     run = make("killed")
     job = run.submit(*TWO_BY_TWO, "cluster.max_restarts=2")
     run.wait_for_step(60)
+    kill = fault("killed rank", run.folder)
     os.kill(ranks_of(run)[-1], signal.SIGKILL)
     found = cluster.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "0"), run.log()
     assert [event["attempt"] for event in run.events("started")] == ["0.0", "0.1"]
+    kill.note("a job on two nodes: restarted in place", run.losses() == whole.losses())
     assert run.losses() == whole.losses()
 
 
-def test_an_agent_that_is_killed_takes_the_start_with_it(whole, make, cluster) -> None:
+def test_an_agent_that_is_killed_takes_the_start_with_it(whole, make, cluster, fault) -> None:
     """No rank is left behind on the node; the job goes back to the queue."""
     run = make("agent")
     job = run.submit(*TWO_BY_TWO)
@@ -104,17 +114,20 @@ def test_an_agent_that_is_killed_takes_the_start_with_it(whole, make, cluster) -
     (agent,) = subprocess.run(
         ["pgrep", "-f", f"megalm.launchers.agent --nodes 2 --node 1 .*{run.folder}"], capture_output=True, text=True
     ).stdout.split()
+    kill = fault("killed agent", run.folder)
     os.kill(int(agent), signal.SIGKILL)
     run.wait_for(lambda: not [pid for pid in before if Path(f"/proc/{pid}/cmdline").exists()], 30)
     found = cluster.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), run.log()
+    kill.note("its ranks end with it; back to the queue", run.losses() == whole.losses())
     assert run.losses() == whole.losses()
 
 
-def test_preempted_it_gives_way_and_comes_back(whole, make, cluster, tmp_path: Path) -> None:
+def test_preempted_it_gives_way_and_comes_back(whole, make, cluster, fault) -> None:
     run = make("preempted")
     job = run.submit(*TWO_BY_TWO, BY_RANK, "slurm.partition=train", "slurm.extra=['--exclusive']")
     run.wait_for_step(60)
+    preemption = fault("preemption signal", run.folder)
     urgent = subprocess.run(
         ["sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3"],
         capture_output=True, text=True, check=True,
@@ -123,6 +136,7 @@ def test_preempted_it_gives_way_and_comes_back(whole, make, cluster, tmp_path: P
     found = cluster.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), run.log()
     assert run.events("started")[-1]["step"] % 50, "saved where it was"
+    preemption.note("saved at that step, gives way, comes back", run.losses() == whole.losses())
     assert run.losses() == whole.losses()
 
 
@@ -136,16 +150,18 @@ def test_cancelled_it_stays_so(make, cluster) -> None:
     assert not run.events("requeued")
 
 
-def test_a_spare_node_takes_over_at_once(make, cluster, shared: Path) -> None:
+def test_a_spare_node_takes_over_at_once(make, cluster, shared: Path, fault) -> None:
     cluster.tool("exec", "n2", "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(shared))
     try:
         run = make("spare")
+        bad = fault("bad node", run.folder)
         job = run.submit("parallel=tp2", "slurm.nodes=2", "slurm.spares=1", BY_RANK, "train.steps=5", "optim.warmup_steps=1")
         found = cluster.wait(job)
     finally:
         cluster.tool("exec", "n2", "umount", str(shared))
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "0"), run.log()
     assert run.events("started")[0]["hosts"] == ["n1", "n3"]
+    bad.note("a spare node takes over")
 
 
 def test_a_chain_where_requeue_is_off(whole, make, cluster) -> None:
