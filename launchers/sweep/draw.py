@@ -1,64 +1,28 @@
-"""Pictures of a sweep, as SVG in a page and with matplotlib as PNG: loss over each setting, and all settings side by side."""
+"""Pictures of a sweep as SVG for its page: the loss over each setting, and all settings side by side."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
+from megalm.launchers.sweep.axis import Axis, axis_of
 from megalm.launchers.sweep.results import Row, Sweep
 from megalm.observe.words import safe
 
-_WIDTH, _HEIGHT, _SIDE, _TOP, _BOTTOM = 380, 240, 58, 14, 40
-_COLUMN = 170  # between two axes of parallel coordinates
-_FEW = 6  # different values, from which not each has a mark of its own
-_LOG_FROM = 20  # greatest over least, from which an axis is logarithmic
+UNIT = "nats per token"
+# Added to the style of the page. Letters stand out from the lines behind them.
+STYLE = """
+svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-linejoin: round }
+.scroll svg { min-width: 900px }
+"""
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 236, 46, 12, 10, 26
+_WIDE, _TALL = 1160, 340  # of all settings side by side
+_LETTER = 6.4  # width of a letter of 11 pixels
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Where a value lies, from 0 to 1. `words`: of an axis that is no scale, in its order."""
-
-    name: str
-    low: float = 0
-    high: float = 1
-    log: bool = False
-    words: tuple[str, ...] = ()
-    values: tuple[float, ...] = ()  # of a scale on which there are few
-
-    def place(self, text: str) -> float:
-        """Of a value as typed."""
-        if self.words:
-            return self.words.index(text) / max(1, len(self.words) - 1) if len(self.words) > 1 else 0.5
-        low, high, value = (self._scale(x) for x in (self.low, self.high, float(text)))
-        return (value - low) / (high - low) if high > low else 0.5
-
-    def ticks(self) -> list[tuple[float, str]]:
-        """(place, what stands there)."""
-        if self.words:
-            return [(self.place(word), word) for word in self.words]
-        if self.values:
-            return [(self.place(str(value)), f"{value:.3g}") for value in self.values]
-        low, high = self._scale(self.low), self._scale(self.high)
-        values = [low + part / 3 * (high - low) for part in range(4)] if high > low else [low]
-        return [(i / max(1, len(values) - 1), f"{10**v if self.log else v:.3g}") for i, v in enumerate(values)]
-
-    def _scale(self, value: float) -> float:
-        return math.log10(value) if self.log else value
-
-
-def axis_of(name: str, texts: Sequence[str]) -> Axis:
-    """Numbers get a scale, anything else a place for each word."""
-    try:
-        values = [float(text) for text in texts]
-    except ValueError:
-        return Axis(name, words=tuple(dict.fromkeys(texts)))
-    if not all(math.isfinite(value) for value in values):
-        return Axis(name, words=tuple(dict.fromkeys(texts)))
-    low, high = min(values), max(values)
-    few = tuple(sorted(set(values))) if len(set(values)) < _FEW and len(set(values)) < len(values) else ()
-    return Axis(name, low, high, log=low > 0 and high / low >= _LOG_FROM, values=few)
+def metric_name(sweep: Sweep) -> str:
+    """As people say."""
+    return {"valid_loss": "validation loss", "loss": "training loss"}.get(sweep.metric, sweep.metric)
 
 
 def shown(sweep: Sweep) -> list[Row]:
@@ -66,119 +30,96 @@ def shown(sweep: Sweep) -> list[Row]:
     return [row for row in reversed(sweep.rows) if row.loss is not None and math.isfinite(row.loss)]
 
 
-def slices(sweep: Sweep) -> list[str]:
-    """An SVG per swept key: its value below, the loss of each point above."""
+def axes_of(sweep: Sweep, rows: Sequence[Row]) -> list[Axis]:
+    """One per swept key, and last that of the loss."""
+    axes = [axis_of(key, [row.values[key] for row in rows]) for key in sweep.keys]
+    return [*axes, axis_of(metric_name(sweep), [repr(row.loss) for row in rows], cut=True)]
+
+
+def places(sweep: Sweep, axes: Sequence[Axis], row: Row) -> list[float]:
+    """Of a row on each of the axes."""
+    values = [*(row.values[key] for key in sweep.keys), repr(row.loss)]
+    return [axis.place(value) for axis, value in zip(axes, values, strict=True)]
+
+
+def colours(rows: Sequence[Row]) -> list[str]:
+    """Of each row, from orange, the worst, to blue: by its rank, so that one very bad point does not make all others alike."""
+    worst, best = (234, 140, 70), (37, 99, 235)
+    shares = [rank / max(1, len(rows) - 1) if len(rows) > 1 else 1.0 for rank in range(len(rows))]
+    return ["#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(worst, best, strict=True)) for share in shares]
+
+
+def slices(sweep: Sweep) -> list[tuple[str, str]]:
+    """(key, SVG) of every swept key: its value below, the loss of each point above."""
     rows = shown(sweep)
-    pictures = []
-    for key in sweep.keys if rows else []:
-        across, up = axis_of(key, [row.values[key] for row in rows]), axis_of(sweep.metric, [str(row.loss) for row in rows])
-        parts = [_text(_x(0.5), _HEIGHT - 4, key, "middle")]
-        parts += [_text(_x(place), _HEIGHT - _BOTTOM + 18, text, "middle") for place, text in across.ticks()]
-        for place, text in up.ticks():
-            parts += [_text(_SIDE - 8, _y(place) + 4, text, "end"), _line(_x(0), _y(place), _x(1), _y(place))]
-        for rank, row in enumerate(rows):
-            x, y = _x(across.place(row.values[key])), _y(up.place(str(row.loss)))
-            hollow = row.status == "pruned"
-            colour = _colour(rank / max(1, len(rows) - 1))
-            fill = f'fill="none" stroke="{colour}" stroke-width="1.5"' if hollow else f'fill="{colour}"'
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" {fill}>{_title(row)}</circle>')
-        pictures.append(_svg(_WIDTH, _HEIGHT, parts, f"{sweep.metric} over {key}"))
-    return pictures
+    if not rows:
+        return []
+    *axes, loss = axes_of(sweep, rows)
+    return [(axis.name, _slice(sweep, rows, axis, loss)) for axis in axes]
+
+
+def _slice(sweep: Sweep, rows: Sequence[Row], across: Axis, up: Axis) -> str:
+    parts, marks = list[str](), across.ticks()
+    letters = max(4, int((_WIDTH - _LEFT) / max(1, len(marks)) / _LETTER) - 1)
+    for place, text in marks:
+        parts.append(_line(_x(place), _HEIGHT - _BOTTOM, _x(place), _HEIGHT - _BOTTOM + 4, "axis"))
+        parts.append(_text(_x(place), _HEIGHT - _BOTTOM + 17, text, "middle", "tick", letters))
+    for place, text in up.ticks():
+        parts.append(_line(_LEFT, _y(place), _WIDTH - _RIGHT, _y(place), "grid"))
+        parts.append(_text(_LEFT - 6, _y(place) + 4, text, "end", "tick"))
+    parts.append(_line(_LEFT, _HEIGHT - _BOTTOM, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, "axis"))
+    for row, colour in zip(rows, colours(rows), strict=True):
+        x, y = _x(across.place(row.values[across.name])), _y(up.place(repr(row.loss)))
+        paint = f'fill="none" stroke="{colour}" stroke-width="1.6"' if row.status == "pruned" else f'fill="{colour}"'
+        if up.is_beyond(repr(row.loss)):
+            parts.append(f'<path d="M{x - 5:.1f} {y + 5:.1f}h10l-5 -9z" {paint}>{_title(row)}</path>')
+        else:
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" {paint}>{_title(row)}</circle>')
+    return _svg(_WIDTH, _HEIGHT, parts, f"{up.name} over {across.name}")
 
 
 def parallel(sweep: Sweep) -> str:
-    """One SVG: an axis per swept key and one for the loss; a point is a line through all of them."""
+    """One SVG: an axis per swept key and one for the loss; a point is a line through all of them. Empty without a loss."""
     rows = shown(sweep)
     if not rows:
         return ""
-    axes = [axis_of(key, [row.values[key] for row in rows]) for key in sweep.keys]
-    axes.append(axis_of(sweep.metric, [str(row.loss) for row in rows]))
-    width, parts = _COLUMN * len(axes), list[str]()
-    for rank, row in enumerate(rows):
-        values = [*(row.values[key] for key in sweep.keys), str(row.loss)]
-        heights = [_y(axis.place(value)) for axis, value in zip(axes, values, strict=True)]
-        points = " ".join(f"{_COLUMN * (i + 0.5):.1f},{height:.1f}" for i, height in enumerate(heights))
+    axes = axes_of(sweep, rows)
+    column = max(150.0, _WIDE / len(axes))
+    width, parts = round(column * len(axes)), list[str]()
+    for rank, (row, colour) in enumerate(zip(rows, colours(rows), strict=True)):
+        heights = [_y(place, _TALL) for place in places(sweep, axes, row)]
+        points = " ".join(f"{column * (i + 0.5):.1f},{height:.1f}" for i, height in enumerate(heights))
         dash = ' stroke-dasharray="4 3"' if row.status == "pruned" else ""
-        stroke = f'stroke="{_colour(rank / max(1, len(rows) - 1))}" stroke-width="{3 if rank == len(rows) - 1 else 1.5}"'
+        stroke = f'stroke="{colour}" stroke-width="{3 if rank == len(rows) - 1 else 1.5}"'
         parts.append(f'<polyline fill="none" {stroke}{dash} points="{points}">{_title(row)}</polyline>')
+    letters = int(column / _LETTER) - 2
     for i, axis in enumerate(axes):
-        x = _COLUMN * (i + 0.5)
-        parts.append(_line(x, _y(0), x, _y(1)) + _text(x, _HEIGHT - 8, axis.name, "middle"))
-        parts += [_text(x + 5, _y(place) + 4, text, "start") for place, text in axis.ticks()]
-    return _svg(width, _HEIGHT, parts, "all settings side by side")
-
-
-def write_png(sweep: Sweep, folder: Path) -> list[Path]:
-    """slices.png and parallel.png; none where matplotlib is not installed or nothing has a loss yet. Raises OSError."""
-    rows = shown(sweep)
-    try:
-        import matplotlib
-    except ImportError:
-        return []
-    if not rows or not sweep.keys:
-        return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, places = pyplot.subplots(1, len(sweep.keys), figsize=(4 * len(sweep.keys), 3.2), squeeze=False, sharey=True)
-    for key, place in zip(sweep.keys, places[0], strict=True):
-        axis = axis_of(key, [row.values[key] for row in rows])
-        for rank, row in enumerate(rows):
-            colour = _colour(rank / max(1, len(rows) - 1))
-            place.scatter(axis.place(row.values[key]), row.loss, color=colour, marker="x" if row.status == "pruned" else "o")
-        place.set_xticks([at for at, _ in axis.ticks()], [text for _, text in axis.ticks()])
-        place.set_xlabel(key)
-    places[0][0].set_ylabel(sweep.metric)
-    first = folder / "slices.png"
-    figure.savefig(first, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
-    axes = [axis_of(key, [row.values[key] for row in rows]) for key in sweep.keys]
-    axes.append(axis_of(sweep.metric, [str(row.loss) for row in rows]))
-    figure, place = pyplot.subplots(figsize=(2 + 2 * len(axes), 3.6))
-    for rank, row in enumerate(rows):
-        values = [*(row.values[key] for key in sweep.keys), str(row.loss)]
-        heights = [axis.place(value) for axis, value in zip(axes, values, strict=True)]
-        colour = _colour(rank / max(1, len(rows) - 1))
-        place.plot(range(len(axes)), heights, "--" if row.status == "pruned" else "-", color=colour)
-    for i, axis in enumerate(axes):
-        place.axvline(i, color="0.7", linewidth=0.8)
-        for at, text in axis.ticks():
-            place.text(i + 0.03, at, text, fontsize=7)
-    place.set_xticks(range(len(axes)), [axis.name for axis in axes])
-    place.set_yticks([])
-    second = folder / "parallel.png"
-    figure.savefig(second, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
-    return [first, second]
+        x = column * (i + 0.5)
+        parts += [_line(x, _y(0, _TALL), x, _y(1, _TALL), "axis"), _text(x, _TALL - 10, axis.name, "middle", "", letters)]
+        parts += [_text(x + 6, _y(place, _TALL) + 4, text, "start", "halo", letters // 2) for place, text in axis.ticks()]
+    return _svg(width, _TALL, parts, "all settings side by side")
 
 
 def _x(place: float) -> float:
-    return _SIDE + place * (_WIDTH - _SIDE - 24)
+    return _LEFT + place * (_WIDTH - _LEFT - _RIGHT)
 
 
-def _y(place: float) -> float:
-    return _HEIGHT - _BOTTOM - place * (_HEIGHT - _BOTTOM - _TOP)
-
-
-def _colour(goodness: float) -> str:
-    """From orange, the worst, to blue."""
-    worst, best = (234, 140, 70), (37, 99, 235)
-    return "#" + "".join(f"{round(a + goodness * (b - a)):02x}" for a, b in zip(worst, best, strict=True))
+def _y(place: float, height: int = _HEIGHT) -> float:
+    return height - _BOTTOM - place * (height - _BOTTOM - _TOP)
 
 
 def _title(row: Row) -> str:
     settings = " ".join(f"{key}={value}" for key, value in row.values.items())
-    return f"<title>{safe(f'point {row.name}: {row.loss:.4f} ({row.status}) {settings}')}</title>"
+    return f"<title>{safe(f'point {row.name}: {row.loss:.4f} ({row.status}, step {row.step}) {settings}')}</title>"
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="11" fill="currentColor">{safe(text, 24)}</text>'
+def _text(x: float, y: float, text: str, anchor: str, style: str, letters: int = 40) -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{safe(text, letters)}</text>'
 
 
-def _line(x0: float, y0: float, x1: float, y1: float) -> str:
-    return f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="currentColor" opacity="0.2"/>'
+def _line(x0: float, y0: float, x1: float, y1: float, style: str) -> str:
+    return f'<line class="{style}" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"/>'
 
 
 def _svg(width: int, height: int, parts: Sequence[str], title: str) -> str:
-    head = f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{safe(title)}">'
-    return head + "".join(parts) + "</svg>"
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{safe(title)}">{"".join(parts)}</svg>'

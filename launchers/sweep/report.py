@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from megalm.errors import writing
-from megalm.launchers.sweep.draw import parallel, slices, write_png
+from megalm.launchers.sweep.draw import STYLE as OURS
+from megalm.launchers.sweep.draw import UNIT, metric_name, parallel, slices
+from megalm.launchers.sweep.png import write_png
 from megalm.launchers.sweep.results import Row, Sweep, read_sweep
-from megalm.observe.parts import table
+from megalm.observe.parts import panel, table
 from megalm.observe.style import POLICY, STYLE
 from megalm.observe.words import clean, safe
+
+_COLOURS = "Blue is better. Hollow or dashed: ended early by the search. A triangle: so bad that it is off the top."
 
 
 def report(config: Any) -> None:
@@ -47,19 +51,20 @@ def as_page(sweep: Sweep) -> str:
     best, title = sweep.best, f"Sweep {sweep.folder.absolute().name}"
     parts = [f"<h1>{safe(title)}</h1>", f'<p class="quiet">{safe(str(sweep.folder.absolute()))}; {_count(sweep)}</p>']
     if best:
-        parts.append(f"<h2>Best: {safe(sweep.metric)} {_loss(best)}</h2>")
-        parts.append(f'<div class="panel"><code>{safe(best.command, 4000)}</code></div>')
+        parts.append(f"<h2>Best: {safe(metric_name(sweep))} {_loss(best)}, point {safe(best.name)}</h2>")
+        parts.append(panel(f"<code>{safe(best.command, 4000)}</code>"))
     if sweep.groups:
         parts += ["<h2>Over the folds</h2>", _html_table(sweep, _keys(sweep), sweep.groups)]
     pictures = slices(sweep)
     if pictures:
-        parts += ["<h2>Loss over each setting</h2>", '<div class="panel">' + "".join(pictures) + "</div>"]
-        parts += ["<h2>All settings side by side</h2>", f'<div class="panel">{parallel(sweep)}</div>']
-        parts += ['<p class="quiet">Blue is better; hollow or dashed: ended early by the search.</p>']
+        figures = [f"<figure><h3>{safe(key)}</h3>{picture}</figure>" for key, picture in pictures]
+        parts += ["<h2>Loss over each setting</h2>", f'<p class="quiet">{safe(metric_name(sweep))}, {UNIT}. {_COLOURS}</p>']
+        parts += [f'<div class="grid">{"".join(figures)}</div>', "<h2>All settings side by side</h2>"]
+        parts += [panel(f'<div class="scroll">{parallel(sweep)}</div>')]
     parts += ["<h2>Points</h2>", _html_table(sweep, sweep.keys, sweep.rows)]
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{safe(title)}</title><style>{STYLE} svg {{ max-width: 100%; height: auto }}</style>"
+    head += f"<title>{safe(title)}</title><style>{STYLE}{OURS}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>\n'
 
 
@@ -68,7 +73,15 @@ def _keys(sweep: Sweep) -> list[str]:
 
 
 def _cells(keys: list[str], row: Row) -> list[str]:
-    return [row.name, _loss(row), str(row.step), row.status, *(row.values[key] for key in keys)]
+    return [row.name, _loss(row), str(row.step), row.status, *(_value(row.values[key]) for key in keys)]
+
+
+def _value(text: str) -> str:
+    """A drawn number has 17 digits, of which four tell it from the others; the command has them all."""
+    try:
+        return f"{float(text):.4g}" if len(text) > 8 else text
+    except ValueError:
+        return text
 
 
 def _loss(row: Row) -> str:
@@ -85,7 +98,7 @@ def _text_table(sweep: Sweep, keys: list[str], rows: list[Row], first: str) -> s
 
 
 def _html_table(sweep: Sweep, keys: list[str], rows: list[Row]) -> str:
-    return table(["point", sweep.metric, "step", "status", *keys], [_cells(keys, row) for row in rows])
+    return table(["point", sweep.metric, "step", "status", *keys], [_cells(keys, row) for row in rows], "-nn-")
 
 
 def _count(sweep: Sweep) -> str:

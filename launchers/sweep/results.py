@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import time
@@ -46,7 +47,7 @@ class Sweep:
     @property
     def best(self) -> Row | None:
         """Of the finished ones: a pruned point was not worth going on with."""
-        return next((row for row in self.groups or self.rows if row.loss is not None and row.status == "finished"), None)
+        return next((row for row in self.groups or self.rows if _is_done(row)), None)
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -67,6 +68,10 @@ def read_sweep(folder: Path) -> Sweep:
         metrics += [metric] if metric else []
     groups = _over_folds(rows, [_command(entry, (FOLD,)) for _, entry in points]) if FOLD in keys else []
     return Sweep(folder, keys, _best_first(rows), _best_first(groups), metrics[0] if metrics else "loss")
+
+
+def _is_done(row: Row) -> bool:
+    return row.loss is not None and math.isfinite(row.loss) and row.status == "finished"
 
 
 def _settings(entry: dict[str, Any]) -> dict[str, str]:
@@ -109,4 +114,4 @@ def _over_folds(rows: list[Row], commands: list[str]) -> list[Row]:
 
 
 def _best_first(rows: list[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: (row.loss is None, row.loss or 0.0))
+    return sorted(rows, key=lambda row: row.loss if row.loss is not None and math.isfinite(row.loss) else math.inf)
