@@ -1,13 +1,29 @@
-"""What depends on Triton's version, and on whether there is a Triton at all. Importing this file imports no triton."""
+"""What depends on Triton's and torch's version, and on whether there is a Triton at all. Importing this file imports neither."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+
+def assume_constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result: a compiler calls it and does not look inside.
+
+    Torch's own imports the whole compiler to set this one attribute: a second of CPU time, and more in every start of a rank.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch's that a compiler is not to look into, as it is below the decorator that says so, which at the first
+    call imports that whole compiler. For calls that nobody compiles."""
+    return getattr(function, "__wrapped__", function)
 
 
 @cache

@@ -159,7 +159,7 @@ def implementation(operation: str) -> Callable[..., Any]:
     return _chosen[operation][0]
 
 
-@torch.compiler.assume_constant_result  # a compiler calls it and does not look inside, where caches would make it warn
+@compat.assume_constant  # inside, caches would make a compiler warn
 def _see_to_a_choice() -> bool:
     if len(_chosen) < len(_registry):
         choose()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalm_kernels import compat
 from megalm_kernels.arguments import check_dtype, check_integer, check_not_negative, kind_of, refuse
 from megalm_kernels.fused_adam import fused_adam
 from megalm_kernels.rounding import join_fp32, split_fp32
@@ -68,7 +69,7 @@ class FusedAdamW(torch.optim.Optimizer):
             if isinstance(param_group, dict) and param_group.get(name, value) != value:
                 wanted = f"{value}, as for the whole optimizer: set it there"
                 raise refuse(_NAME, f"{name} of a param group", param_group[name], wanted)
-        super().add_param_group(param_group)
+        compat.undecorated(torch.optim.Optimizer.add_param_group)(self, param_group)
         try:
             _check_settings(self.param_groups[-1], " of a param group")
             for i, parameter in enumerate(self.param_groups[-1]["params"]):

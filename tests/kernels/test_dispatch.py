@@ -13,7 +13,7 @@ from megalm.config import kernel_rules
 from megalm.config.kernels import KERNELS, KernelsConfig
 from megalm.errors import ConfigError
 from megalm.train.kernels import choose_kernels, describe
-from megalm_kernels import dispatch
+from megalm_kernels import compat, dispatch
 from megalm_kernels.attention import operators
 
 
@@ -171,3 +171,30 @@ def test_the_package_works_with_no_triton_installed():
 def test_importing_the_package_imports_no_triton_kernel():
     program = "import sys, megalm_kernels; assert not [m for m in sys.modules if m.startswith('megalm_kernels.device')]"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+START = """
+import sys, torch
+import megalm.train.pretrain
+from megalm_kernels import FusedAdamW
+weight = torch.nn.Parameter(torch.ones(2))
+optimizer = FusedAdamW([weight])
+weight.grad = torch.ones(2)
+optimizer.step()
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"deepspeed", "sympy", "triton"}), "torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_start_imports_no_compiler():
+    """It takes every rank a second or two of CPU time, at every start and restart; who compiles imports it then."""
+    said = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "[] False"
+
+
+def test_the_mark_for_the_compiler_is_torchs_own():
+    def ours() -> None: ...
+    def theirs() -> None: ...
+
+    assert vars(compat.assume_constant(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+    add = torch.optim.Optimizer.add_param_group
+    assert compat.undecorated(add) is not add and compat.undecorated(ours) is ours
