@@ -66,10 +66,7 @@ def what_next(start: Start, failures: int, starts: int, max_failures: int, max_s
     if start.code == ExitCode.HOPELESS:
         return Decision(end, start.code, "hopeless: the run would fail in the same way again", failures)
     innocent = start.asked or start.code == ExitCode.SAVED or (bool(start.bad_nodes) and not start.all_bad)
-    if innocent:
-        failures = 0 if start.progressed else failures
-    else:
-        failures = 1 if start.progressed else failures + 1
+    failures = 0 if start.progressed else failures + (not innocent)
     if failures >= max_failures and not innocent:
         return Decision(end, ExitCode.FAILED, f"{failures} failed starts in a row without a new checkpoint", failures)
     if starts >= max_starts:
@@ -78,4 +75,6 @@ def what_next(start: Start, failures: int, starts: int, max_failures: int, max_s
         return Decision(again, ExitCode.FAILED, f"bad nodes: {', '.join(start.bad_nodes)}", failures, tuple(start.bad_nodes))
     if innocent:
         return Decision(again, ExitCode.SAVED, "asked to stop", failures)
+    if not failures:
+        return Decision(again, ExitCode.FAILED, "failed, after a new checkpoint", failures)
     return Decision(again, ExitCode.FAILED, f"failed start {failures} of {max_failures} without a new checkpoint", failures)

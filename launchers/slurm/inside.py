@@ -7,12 +7,14 @@ import os
 import secrets
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megalm.errors import ConfigError, ExitCode, Problem
 from megalm.launchers.slurm import client
+from megalm.runfolder import note_event
 
 
 class Wishes:
@@ -53,8 +55,15 @@ class Here:
 
 
 def say(text: str) -> None:
-    """To the job's own log."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+    """To the job's own log, unbuffered. A disk without room for a line of it must not end the supervisor, or change its code."""
+    with suppress(OSError):
+        os.write(1, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
+
+
+def note(run_dir: Path, kind: str, **details: Any) -> None:
+    """To the run's events, if there is room."""
+    with suppress(OSError):
+        note_event(run_dir, kind, **details)
 
 
 def look_around() -> Here:

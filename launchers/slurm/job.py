@@ -19,9 +19,9 @@ from pathlib import Path
 from megalm.errors import ConfigError, ExitCode, MegalmError, Problem
 from megalm.launchers.slurm import client, history
 from megalm.launchers.slurm.decide import Action, Decision, Start, what_next
-from megalm.launchers.slurm.inside import Here, Wishes, first_error, look_around, name_of, say
+from megalm.launchers.slurm.inside import Here, Wishes, first_error, look_around, name_of, note, say
 from megalm.launchers.slurm.plan import Job, read_job
-from megalm.runfolder import finished_step, note_event
+from megalm.runfolder import finished_step
 
 
 def main() -> None:
@@ -89,10 +89,10 @@ def run_once(job: Job, here: Here, wishes: Wishes) -> Start:
     if wishes.any:
         return Start(ExitCode.SAVED, asked=True, cancelled=_is_cancelled(here, wishes))
     if len(healthy) < job.slurm.nodes:
-        note_event(job.run_dir, "failed", job=here.key, bad_nodes=bad)
+        note(job.run_dir, "failed", job=here.key, bad_nodes=bad)
         return Start(bad_nodes=tuple(bad), all_bad=not healthy)
     if bad:
-        note_event(job.run_dir, "excluded", job=here.key, nodes=sorted(bad), why=bad, spare=True)
+        note(job.run_dir, "excluded", job=here.key, nodes=sorted(bad), why=bad, spare=True)
     chosen = healthy[: job.slurm.nodes]
     if len(chosen) < len(here.nodes):
         say(f"training on {', '.join(chosen)}; spare: {', '.join(n for n in here.nodes if n not in chosen)}")
@@ -117,7 +117,7 @@ def act(decision: Decision, job: Job, here: Here, past: history.History, submiss
     say(f"{decision.reason}: {'again' if decision.action is Action.AGAIN else 'the job ends'}")
     if decision.action is Action.END:
         if decision.code not in (ExitCode.FINISHED,):
-            note_event(job.run_dir, "gave_up", job=here.key, reason=decision.reason, code=int(decision.code))
+            note(job.run_dir, "gave_up", job=here.key, reason=decision.reason, code=int(decision.code))
         return decision.code
     if not job.slurm.requeue:
         say("slurm.requeue=false: the next job of the chain goes on, or the same command submitted again")
@@ -132,9 +132,9 @@ def act(decision: Decision, job: Job, here: Here, past: history.History, submiss
     answer = client.insist("scontrol", "requeue", here.key)
     if answer.code:
         say(f"cannot go back to the queue: {answer.error}; submit the job again")
-        note_event(job.run_dir, "gave_up", job=here.key, reason=answer.error, code=int(decision.code))
+        note(job.run_dir, "gave_up", job=here.key, reason=answer.error, code=int(decision.code))
         return decision.code
-    note_event(job.run_dir, "requeued", job=here.key, reason=decision.reason, failures=decision.failures)
+    note(job.run_dir, "requeued", job=here.key, reason=decision.reason, failures=decision.failures)
     if enough:
         _exclude(here, past.excluded, leave_out, job.run_dir)
     elif leave_out:
@@ -156,7 +156,7 @@ def _exclude(here: Here, excluded: Sequence[str], new: Sequence[str], run_dir: P
         answer = client.ask("scontrol", "update", f"JobId={here.key}", f"ExcNodeList={','.join(names)}")
         if answer.code == 0:
             say(f"left out from now on: {', '.join(names)}")
-            note_event(run_dir, "excluded", job=here.key, nodes=list(new))
+            note(run_dir, "excluded", job=here.key, nodes=list(new))
             return
         time.sleep(0.25)
     say(f"cannot leave out {', '.join(names)}: {answer.error}")

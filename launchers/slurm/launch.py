@@ -15,9 +15,9 @@ from megalm.errors import ExitCode
 from megalm.launchers.slurm import client
 from megalm.launchers.slurm.decide import verdict
 from megalm.launchers.slurm.health import find_bad, read_reports
-from megalm.launchers.slurm.inside import Here, Wishes, read_notes, say
+from megalm.launchers.slurm.inside import Here, Wishes, note, read_notes, say
 from megalm.launchers.slurm.plan import Job
-from megalm.runfolder import note_event, read_progress
+from megalm.runfolder import read_progress
 
 _POLL_SECONDS = 0.2
 _LOOK_SECONDS = 90.0  # for all nodes to answer; srun itself gives up a lost one only after its own time limits
@@ -142,7 +142,7 @@ def _wait(process: subprocess.Popen, job: Job, here: Here, wishes: Wishes) -> bo
         if wishes.any and now - reminded > _REMIND_SECONDS:
             if not reminded:
                 say("asked to stop: the ranks save and leave")
-                note_event(job.run_dir, "stopping", job=here.key)
+                note(job.run_dir, "stopping", job=here.key)
             process.send_signal(signal.SIGUSR1)
             reminded = now
         if wishes.any and now > _deadline(job, wishes, kill_seconds):
@@ -156,7 +156,7 @@ def _wait(process: subprocess.Popen, job: Job, here: Here, wishes: Wishes) -> bo
         patience = limit if stepped else limit + job.cluster.rendezvous_seconds  # until all have met and loaded
         if limit and now - since > patience and not wishes.any:
             say(f"no step for {patience:.0f} s: the ranks write their stacks and are ended")
-            note_event(job.run_dir, "stalled", job=here.key, step=state[0], seconds=patience)
+            note(job.run_dir, "stalled", job=here.key, step=state[0], seconds=patience)
             process.send_signal(signal.SIGUSR2)
             time.sleep(2.0)
             if silent := [path.stem for path in sorted(here.log_dir.glob("stacks-rank-*.txt")) if not path.stat().st_size]:

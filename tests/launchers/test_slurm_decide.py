@@ -48,7 +48,7 @@ def test_one_code_for_all_ranks(codes: list[int], together: int) -> None:
         (Start(FAILED), 0, 1, AGAIN, FAILED, 1),
         (Start(FAILED), 1, 2, AGAIN, FAILED, 2),
         (Start(FAILED), 2, 3, END, FAILED, 3),  # the third in a row
-        (Start(FAILED, progressed=True), 2, 3, AGAIN, FAILED, 1),  # it had saved: a new row begins
+        (Start(FAILED, progressed=True), 2, 3, AGAIN, FAILED, 0),  # it had saved: a new row begins
         (Start(REFUSED), 0, 1, END, REFUSED, 0),
         (Start(HOPELESS, asked=True), 0, 1, END, HOPELESS, 0),
         (Start(bad_nodes=("n2",)), 2, 3, AGAIN, FAILED, 2),  # the node's fault

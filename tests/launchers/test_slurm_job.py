@@ -73,7 +73,12 @@ class Play:
         (self.folder / "ranks.py").write_text(NOTE + text)
 
     def start(
-        self, *arguments: str, restart: int = 0, nodes: str = "n1,n2", command: tuple[str, ...] = SUBMITTED
+        self,
+        *arguments: str,
+        restart: int = 0,
+        nodes: str = "n1,n2",
+        command: tuple[str, ...] = SUBMITTED,
+        stdout: Any = subprocess.PIPE,
     ) -> subprocess.Popen:
         given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": nodes, "SLURM_JOB_PARTITION": "train", "SLURM_CPUS_ON_NODE": "8"}
         environ = {**os.environ, **given, "PATH": f"{self.folder}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
@@ -82,7 +87,7 @@ class Play:
         settings = ["model=tiny", "parallel=tp2", "slurm.launch=rank", "cluster.device=cpu", f"train.run_dir={self.run_dir}"]
         environ |= {"SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": sys.executable}
         words = [*command, "pretrain", *settings, *arguments]
-        return subprocess.Popen(words, env=environ, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(words, env=environ, cwd=self.folder, stdout=stdout, stderr=subprocess.STDOUT, text=True)
 
     def run(self, *arguments: str, restart: int = 0, nodes: str = "n1,n2") -> tuple[int, str]:
         process = self.start(*arguments, restart=restart, nodes=nodes)
@@ -182,8 +187,16 @@ def test_a_start_that_saves_begins_a_new_row(play: Play) -> None:
         "write_progress(run, Progress(5, 9, (old.saved_step if old else 0) + 1, time.time()))\nnote(1, 1)\nsys.exit(1)"
     )
     for i in range(5):
-        play.run("slurm.max_failures=2", restart=i)
+        play.run("slurm.max_failures=1", restart=i)
     assert play.requeues() == 5
+
+
+def test_a_log_without_room_changes_nothing(play: Play) -> None:
+    """The disk that the job's log lies on is full."""
+    play.ranks("note(75, 75)")
+    with open("/dev/full", "w") as full:
+        process = play.start(stdout=full)
+    assert (process.wait(60), play.requeues()) == (75, 1)
 
 
 def test_starts_are_capped(play: Play) -> None:

@@ -95,7 +95,7 @@ def test_a_killed_owner_leaves_nothing(cluster, second: Second) -> None:
     owner.wait()
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("seconds", [pytest.param(0.1, marks=pytest.mark.slow), 0.3, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_down_takes_away_what_was_half_made(cluster, second: Second, seconds: float) -> None:
     """kill -9 in the middle of `up`, with all that it has started still there and some of it in no file yet."""
     start = subprocess.Popen(
@@ -109,6 +109,7 @@ def test_down_takes_away_what_was_half_made(cluster, second: Second, seconds: fl
     assert second.call("up").returncode == 0, "and it starts again"
 
 
+@pytest.mark.slow
 def test_signals_reach_the_ranks_where_processes_are_tracked_by_their_parents(cluster, second: Second, tmp_path: Path) -> None:
     """_TRACKING=linuxproc: the mode is what was asked for, and a job's descendants get its signals and its end."""
     done = second.call("up", MEGALM_CLUSTER_TRACKING="linuxproc")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.launchers.slurm import client, history
+from megalm.launchers.slurm import history
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 TWO_BY_TWO = ("parallel=tp2_pp2", "slurm.nodes=2")
@@ -81,18 +81,6 @@ def test_a_loop_of_crashes_stops(make, cluster, shared: Path, fault) -> None:
     assert "2 failed starts in a row without a new checkpoint: the job ends" in run.log()
     assert [event["kind"] for event in run.events("gave_up")] == ["gave_up"]
     crashes.note("the job ends after slurm.max_failures=2 starts", by="gave_up")
-
-
-def test_sbatch_is_asked_before_anything_is_submitted(cluster, make, tmp_path: Path) -> None:
-    """A partition that does not exist, more nodes than there are: refused, with what there is, and no job is left."""
-    before = client.ask("squeue", "-h", "-o", "%i").out
-    for arguments, said in (
-        (["slurm.partition=nope"], "allowed: train, urgent"),
-        (["slurm.nodes=9", "slurm.processes_per_node=1", "train.global_batch_size=36"], "the partition has 3 nodes that are up"),
-    ):
-        with pytest.raises(AssertionError, match=said):
-            make("refused").submit(*arguments)
-    assert client.ask("squeue", "-h", "-o", "%i").out == before
 
 
 def _submission(run) -> str:
