@@ -45,9 +45,9 @@ def look_at_nodes(job: Job, here: Here, wishes: Wishes) -> dict[str, str]:
 def _look(job: Job, here: Here, nodes: Sequence[str], wishes: Wishes) -> list[str]:
     """What the nodes' reports and srun have printed."""
     gpus = job.slurm.gpus_per_node if job.cluster.device != "cpu" else 0
-    command = srun(job, nodes, 1, ["--kill-on-bad-exit=0", "--wait=0"])
-    command += [sys.executable, "-m", "megalm.launchers.slurm.preflight", f"--nodes={','.join(nodes)}", f"--port={here.port(1)}"]
-    command += [f"--gpus={gpus}", f"--run-dir={job.run_dir}"]
+    look = ["-m", "megalm.launchers.slurm.preflight", f"--nodes={','.join(nodes)}", f"--port={here.port(1)}"]
+    look += [f"--gpus={gpus}", f"--run-dir={job.run_dir}"]
+    command = [*srun(job, nodes, 1, ["--kill-on-bad-exit=0", "--wait=0"]), *in_container(job, [python_of(job), *look])]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
         process = subprocess.Popen(
             command, env=_environment(job, here), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
@@ -79,8 +79,9 @@ def run_step(job: Job, here: Here, nodes: Sequence[str], wishes: Wishes) -> int:
     options = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append", f"--output={_escaped(here.log_dir)}/node-%n.log"]
     given: dict[str, object] = {"head": nodes[0], "port": here.port(0), "nodes": ",".join(nodes), "ranks": job.ranks_per_node}
     given["log-dir"] = here.log_dir
-    task = [sys.executable, "-m", "megalm.launchers.slurm.task", mode, *(f"--{key}={value}" for key, value in given.items())]
-    command = [*srun(job, nodes, tasks, options), *in_setup(job, [*task, "--", job.verb, *job.arguments])]
+    task = [python_of(job), "-m", "megalm.launchers.slurm.task", mode, *(f"--{key}={value}" for key, value in given.items())]
+    task = in_container(job, in_setup(job, [*task, "--", job.verb, *job.arguments]))
+    command = [*srun(job, nodes, tasks, options), *task]
     say(f"starting {len(nodes) * tasks} task{'s' if len(nodes) * tasks > 1 else ''} ({mode}); logs in {here.log_dir}")
     process = subprocess.Popen(command, env=_environment(job, here), stdin=subprocess.DEVNULL)
     stalled = _wait(process, job, here, wishes)
@@ -98,10 +99,24 @@ def srun(job: Job, nodes: Sequence[str], tasks_per_node: int, options: Sequence[
     words += [f"--nodelist={','.join(nodes)}", "--export=ALL", "--distribution=block", *options]
     if int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) < tasks_per_node:
         words += ["--overcommit"]
-    if job.slurm.container:
+    if job.slurm.container and job.slurm.container_tool == "pyxis":
         words += [f"--container-image={job.slurm.container}"]
         words += [f"--container-mounts={job.slurm.container_mounts}"] if job.slurm.container_mounts else []
     return words
+
+
+def python_of(job: Job) -> str:
+    """That of this process, or the image's own."""
+    return "python" if job.slurm.container else sys.executable
+
+
+def in_container(job: Job, command: list[str]) -> list[str]:
+    """The command as apptainer runs it, which hands signals on; pyxis is an option of srun."""
+    if not job.slurm.container or job.slurm.container_tool == "pyxis":
+        return command
+    mounts = [f"--bind={job.slurm.container_mounts}"] if job.slurm.container_mounts else []
+    gpus = ["--nv"] if job.slurm.gpus_per_node and job.cluster.device != "cpu" else []
+    return ["apptainer", "exec", *gpus, *mounts, job.slurm.container, *command]
 
 
 def in_setup(job: Job, command: list[str]) -> list[str]:

@@ -58,6 +58,9 @@ class SlurmConfig:
     max_failures: int = knob(3, "failed starts in a row without a new checkpoint, before the job gives up", minimum=1)
     max_starts: int = knob(50, "starts of the job in all", minimum=1)
     setup: str = knob("", "shell file that each node's task sources first, such as one that loads modules; empty: none")
-    container: str = knob("", "image that the tasks run in (pyxis: srun --container-image); empty: none")
+    container: str = knob("", "image that the tasks run in, whose `python` has megalm; empty: none")
+    container_tool: str = knob(
+        "pyxis", "what runs it: pyxis (an option of srun, with enroot) or apptainer", allowed=("pyxis", "apptainer")
+    )
     container_mounts: str = knob("", "host:container pairs, joined by commas")
     extra: list[str] = knob([], "further options of sbatch, such as --mail-type=END")

@@ -108,4 +108,13 @@ RULES: tuple[Rule, ...] = (
         ("slurm.container_mounts", ""),
         "slurm.container_mounts has an effect with slurm.container only",
     ),
+    needs(
+        "slurm_container_tool_used",
+        "slurm.container_tool",
+        "pyxis",
+        "slurm.container",
+        lambda c: bool(c.slurm.container),
+        ("slurm.container_tool", "pyxis"),
+        "slurm.container_tool has an effect with slurm.container only",
+    ),
 )

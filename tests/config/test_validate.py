@@ -144,6 +144,7 @@ BREAKS: dict[str, dict[str, Any]] = {
     "slurm_ranks_fit": {"slurm.processes_per_node": 4, "slurm.gpus_per_node": 2},
     "slurm_chain_used": {"slurm.chain": 3},
     "slurm_mounts_used": {"slurm.container_mounts": "/data:/data"},
+    "slurm_container_tool_used": {"slurm.container_tool": "apptainer"},
     "cuda_present": {"cluster.device": "cuda"},
     "gpu_each": {"cluster.num_processes": 4},  # on a machine with two GPUs
     "launched": {"cluster.num_processes": 4},  # under a launcher that started two

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,22 @@ def test_a_container_is_an_option_of_srun(play: Play) -> None:
     play.run("slurm.container=docker://nvcr.io/nvidia/pytorch:26.01", "slurm.container_mounts=/data:/data")
     step = play.calls("srun")[1]
     assert {"--container-image=docker://nvcr.io/nvidia/pytorch:26.01", "--container-mounts=/data:/data"} <= set(step)
+    assert step[step.index("-m") - 1] == "python", "the image's own"
     play.run()
-    assert not any(word.startswith("--container") for word in play.calls("srun")[3])
+    plain = play.calls("srun")[3]
+    assert not any(word.startswith("--container") for word in plain) and plain[plain.index("-m") - 1] == sys.executable
+
+
+def test_a_container_by_apptainer_is_around_every_task(play: Play) -> None:
+    play.ranks("note(0, 0)")
+    image, mounts = "images/megalm.sif", "/data:/data,/scratch:/scratch"
+    given = (f"slurm.container={image}", "slurm.container_tool=apptainer", f"slurm.container_mounts={mounts}")
+    play.run(*given, f"slurm.setup={play.folder}/modules.sh")
+    look, step = play.calls("srun")
+    for words, first in ((look, "python"), (step, "bash")):
+        at = words.index("apptainer")
+        assert words[at : at + 5] == ["apptainer", "exec", f"--bind={mounts}", image, first]
+        assert not any(word.startswith("--container") for word in words)
 
 
 def test_a_crash_loop_stops(play: Play) -> None:
@@ -189,6 +204,18 @@ def test_a_start_that_saves_begins_a_new_row(play: Play) -> None:
     for i in range(5):
         play.run("slurm.max_failures=1", restart=i)
     assert play.requeues() == 5
+
+
+def test_a_supervisor_that_went_with_its_node_is_told_of_by_the_next(play: Play) -> None:
+    """SLURM says when it put the job back."""
+    play.ranks("os.kill(os.getppid(), signal.SIGKILL)")
+    play.run("slurm.max_failures=3")
+    (play.folder / "state").write_text("RUNNING SubmitTime=2026-01-01T10:00:00")
+    play.ranks("note(0, 0)")
+    assert play.run(restart=1)[0] == 0
+    (event,) = play.events("requeued")
+    assert event["time"] == datetime(2026, 1, 1, 10).timestamp() and "without a word" in event["reason"]
+    assert history.read_history(play.run_dir, "s").starts == 2
 
 
 def test_a_log_without_room_changes_nothing(play: Play) -> None:
