@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from megalm.errors import ConfigError, ExitCode, MegalmError, Problem
@@ -56,6 +57,8 @@ def supervise(verb: str, arguments: Sequence[str], submission: str, wishes: Wish
         if code is not None:
             say(f"nothing to do: job {past.ended_by} has ended with {name_of(code)}")
             return code
+        if past.running:
+            _note_lost_start(here, run_dir)
         history.begin(past, run_dir)
         history.write_history(run_dir, submission, past)
     here.log_dir = run_dir / "logs" / f"{here.job_id}.{here.restart}"
@@ -70,6 +73,16 @@ def supervise(verb: str, arguments: Sequence[str], submission: str, wishes: Wish
         past.verdict, past.ended_by = decision.code, here.key
     history.write_history(run_dir, submission, past)
     return act(decision, job, here, past, submission)
+
+
+def _note_lost_start(here: Here, run_dir: Path) -> None:
+    """A supervisor that went with its node could not say so. SLURM knows when it put the job back: that is its SubmitTime."""
+    said = client.find_job(here.key).get("SubmitTime", "")
+    try:
+        when = datetime.fromisoformat(said).timestamp()
+    except ValueError:
+        when = time.time()
+    note(run_dir, "requeued", job=here.key, reason="by SLURM: the start before ended without a word", time=when)
 
 
 def _is_finished(job: Job) -> bool:
