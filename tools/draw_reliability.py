@@ -1,4 +1,4 @@
-"""Write docs/reliability.md from what tests and benchmarks have measured: `python tools/draw_reliability.py ROWS [-o FILE]`.
+"""Write docs/reliability.md from what tests and benchmarks have measured: `python tools/draw_reliability.py ROWS... [-o FILE]`.
 
     MEGALM_RELIABILITY=ROWS python -m pytest -m slurm tests/slurm     each fault that a test makes adds a line to ROWS
     MEGALM_RELIABILITY=ROWS python tools/bench_agent.py kill stop
@@ -72,6 +72,7 @@ class Fault:
         """Add the line that the run's events and metrics tell. Exact to a step where train.log_every=1.
 
         by: the kind of event that counts as having noticed; else the first of any kind that tells of something amiss.
+        Raises RuntimeError where nothing has been noticed: then it was not this fault that the run met.
         """
         events = [event for event in read_events(self.run_dir) if event["time"] >= self.began]
         noticed = next((event["time"] for event in events if event["kind"] in ({by} if by else _NOTICED)), None)
@@ -82,6 +83,8 @@ class Fault:
             done = [line["time"] for line in _metrics(self.run_dir) if line.get("time", 0.0) >= start["time"]]
             again = min(done, default=None)
             lost = max(0, max(self.step, int(start.get("reached") or 0)) - int(start["step"]))
+        if noticed is None:
+            raise RuntimeError(f"{self.fault}: nothing in {self.run_dir} tells of it; the last events: {events[-6:]}")
         row = Row(self.fault, self._since(noticed), self._since(again), lost, outcome, identical, self.source)
         append(row)
         return row
@@ -194,13 +197,15 @@ _FOOT = """
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("rows", type=Path, help=f"the folder that {VARIABLE} named")
+    parser.add_argument("rows", type=Path, nargs="+", help=f"folders that {VARIABLE} named")
     parser.add_argument("-o", "--output", type=Path, default=DOCUMENT)
     options = parser.parse_args()
-    path = options.rows / "rows.jsonl"
-    if not path.is_file():
-        raise SystemExit(f"{path}: no such file; run the tests with {VARIABLE}={options.rows}")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for folder in options.rows:
+        path = folder / "rows.jsonl"
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file; run the tests with {VARIABLE}={folder}")
+        lines += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     options.output.write_text(draw(lines), encoding="utf-8")
     print(options.output)
 

@@ -34,6 +34,8 @@ def test_a_fault_is_told_by_the_runs_own_files(tmp_path: Path, monkeypatch: pyte
 
 def test_an_end_has_no_recovery(tmp_path: Path) -> None:
     fault = Fault("crash loop", tmp_path)
+    with pytest.raises(RuntimeError, match=r"crash loop: nothing in .* tells of it"):
+        fault.note("the job ends")
     note_event(tmp_path, "gave_up", reason="twice")
     row = fault.note("the job ends")
     assert row.detected is not None and row.detected >= 0 and (row.recovered, row.lost) == (None, None)
