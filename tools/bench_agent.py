@@ -51,7 +51,8 @@ def recover(folder: Path, corpus: Path, what: str, times: int) -> dict[str, Any]
             resumed = run.wait_for_start(turn + 2)
             run.wait_for_step(resumed + 1)
             row = fault.note("all ranks start again in place")
-            assert row.detected is not None and row.recovered is not None
+            if row.detected is None or row.recovered is None:
+                raise SystemExit(f"something else befell the run: {[*read_events(folder)][-6:]}")
             found.append(row.detected)
             again.append(row.recovered)
             line = f"  {turn + 1:>3}  told after {found[-1]:5.1f} s  training after {again[-1]:5.1f} s  from step {resumed}"

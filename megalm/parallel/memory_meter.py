@@ -70,6 +70,11 @@ class MemoryMeter(TorchDispatchMode):
         self._events: list[int] = []  # i + 1: made[i] came; -(i + 1): it went
         self._known: dict[int, Any] = {}  # address of a live storage -> weak reference, which tells of its end
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would wrap the method below for its compiler, and import that in the middle of the step that is measured."""
+        return False
+
     def start(self) -> None:
         """From here on; first what is there is looked for."""
         for tensor in _tensors():

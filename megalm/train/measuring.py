@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megalm.log import log
+from megalm.parallel import heartbeat
 from megalm.parallel.memory_meter import MemoryMeter
 from megalm.train.forecast import predict_memory
 from megalm.train.hooks import Logging
@@ -39,6 +40,7 @@ class Measuring(Hook):
             torch.cuda.reset_peak_memory_stats(device)
         else:
             self.since = time.perf_counter()
+            heartbeat.say("measure", trainer.state.step)  # the step takes longer than others, and its rank has not hung
             self.meter = MemoryMeter(device)
             self.meter.start()
 

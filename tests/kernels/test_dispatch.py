@@ -176,11 +176,15 @@ def test_importing_the_package_imports_no_triton_kernel():
 START = """
 import sys, torch
 import megalm.train.pretrain
+from megalm.parallel.memory_meter import MemoryMeter
 from megalm_kernels import FusedAdamW
+meter = MemoryMeter()
+meter.start()
 weight = torch.nn.Parameter(torch.ones(2))
 optimizer = FusedAdamW([weight])
 weight.grad = torch.ones(2)
 optimizer.step()
+meter.stop()
 print(sorted({name.partition(".")[0] for name in sys.modules} & {"deepspeed", "sympy", "triton"}), "torch._dynamo" in sys.modules)
 """
 

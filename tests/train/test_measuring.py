@@ -38,6 +38,14 @@ def report_of(config: RunConfig) -> dict[str, Any]:
     return json.loads(Path(config.train.run_dir, measuring.FILE).read_text())
 
 
+def test_a_step_that_is_measured_is_not_taken_for_one_that_hangs(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors are counted one by one: the agent is told to be patient."""
+    said: list[tuple[str, int]] = []
+    monkeypatch.setattr(measuring.heartbeat, "say", lambda phase, step: said.append((phase, step)))
+    pretrain(make("run", {"train.steps": 4}))
+    assert said == [("measure", 2), ("end", 4)]
+
+
 def test_the_third_step_is_measured(make, capsys) -> None:
     config = make("run", {"train.steps": 4})
     pretrain(config)

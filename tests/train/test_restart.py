@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,10 @@ from megalm.runfolder import is_finished, read_events, read_progress
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-TWO = {"cluster.num_processes": 2, "parallel.tensor_parallel": 2, "checkpoint.save_every": 10, "train.steps": 60}
+TWO = {
+    "cluster.num_processes": 2, "parallel.tensor_parallel": 2, "checkpoint.save_every": 10,
+    "train.steps": 60, "train.log_every": 1,
+}  # fmt: skip
 
 
 def ranks_of(agent: int) -> dict[int, int]:
@@ -36,7 +40,7 @@ def ranks_of(agent: int) -> dict[int, int]:
     return found
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, seconds: float = 90.0) -> None:
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while (progress := read_progress(run_dir)) is None or progress.step < step:
         assert process.poll() is None and time.monotonic() < deadline, f"the run did not come to step {step}"
@@ -49,7 +53,7 @@ def losses(config, records) -> list[tuple[int, float, float]]:
 
 @pytest.fixture(scope="module")
 def slow_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Steps of 50 ms, so that one can aim: a sitecustomize that adds a pause to every one."""
+    """Steps of 50 ms, so that one can aim: a sitecustomize that pauses. POISON=1:13 kills rank 1 after step 13."""
     folder = tmp_path_factory.mktemp("slow")
     (folder / "sitecustomize.py").write_text(
         "import os, sys\n"
@@ -65,7 +69,12 @@ def slow_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "            def exec_module(module):\n"
         "                load(module)\n"
         "                step = module.Trainer.train_step\n"
-        "                module.Trainer.train_step = lambda self: (time.sleep(0.05), step(self))[1]\n"
+        "                def train_step(self):\n"
+        "                    time.sleep(0.05)\n"
+        "                    if os.environ.get('POISON') == f\"{os.environ['RANK']}:{self.state.step}\":\n"
+        "                        os.kill(os.getpid(), 9)\n"
+        "                    return step(self)\n"
+        "                module.Trainer.train_step = train_step\n"
         "            spec.loader.exec_module = exec_module\n"
         "            return spec\n"
         "    sys.meta_path.insert(0, Finder())\n"
@@ -104,25 +113,104 @@ def unbroken(whole: dict, make, command, records) -> list[tuple[int, float, floa
 
 
 @pytest.mark.parametrize(
-    ("number", "told", "reason"), [(signal.SIGKILL, "failed", "killed by SIGKILL"), (signal.SIGSTOP, "stalled", "stopped")]
+    ("name", "number", "told", "reason"),
+    [
+        ("killed rank", signal.SIGKILL, "failed", "killed by SIGKILL"),
+        ("stopped rank", signal.SIGSTOP, "stalled", "stopped"),
+    ],
 )
-def test_a_rank_that_is_killed_or_stopped(number, told, reason, make, command, launch, records, whole) -> None:
+def test_a_rank_that_is_killed_or_stopped(name, number, told, reason, make, command, launch, records, whole, fault) -> None:
     """The run starts again in place from its last checkpoint, and its numbers are those of a run that nothing befell."""
     config = make("run", {**TWO, "cluster.max_restarts": 1})
     run_dir = Path(config.train.run_dir)
     process = launch(config)
     wait_for_step(run_dir, 13, process)
-    victim = ranks_of(process.pid)[1]
+    victim, hit = ranks_of(process.pid)[1], fault(name, run_dir)
     os.kill(victim, number)
-    assert process.wait(120) == ExitCode.FINISHED and is_finished(run_dir)
+    assert process.wait(240) == ExitCode.FINISHED and is_finished(run_dir)
     events = list(read_events(run_dir))
-    fault = next(event for event in events if event["kind"] == told)
-    assert (fault["rank"], fault["host"], fault["reason"], fault["attempt"]) == (1, socket.gethostname(), reason, "0.0")
+    event = next(event for event in events if event["kind"] == told)
+    assert (event["rank"], event["host"], event["reason"], event["attempt"]) == (1, socket.gethostname(), reason, "0.0")
     assert [event["step"] for event in events if event["kind"] == "started"] in ([0, 10], [0, 20])
     assert f"{victim}" in (run_dir / "logs" / "report-0.0.txt").read_text()
     assert number == signal.SIGKILL or "train_step" in (run_dir / "logs" / "stacks-rank-0.txt").read_text()
+    hit.note("all ranks start again in place", losses(config, records) == unbroken(whole, make, command, records))
     assert losses(config, records) == unbroken(whole, make, command, records)
     assert not Path(f"/proc/{victim}").exists()
+
+
+def test_a_step_that_always_kills(make, launch, monkeypatch: pytest.MonkeyPatch, fault) -> None:
+    """A batch that a rank cannot survive, say: a checkpoint before it, then two restarts that bring nothing new, and the end."""
+    monkeypatch.setenv("POISON", "1:13")
+    config = make("run", {**TWO, "cluster.max_restarts": 2})
+    run_dir = Path(config.train.run_dir)
+    process = launch(config)
+    wait_for_step(run_dir, 10, process)
+    crashes = fault("crash loop", run_dir)
+    assert process.wait(240) == ExitCode.FAILED and not is_finished(run_dir)
+    events = [event for event in read_events(run_dir) if event["kind"] != "saved"]
+    assert [event["kind"] for event in events] == ["started", *["failed", "restarted", "started"] * 2, "failed", "gave_up"]
+    assert [event["step"] for event in events if event["kind"] == "started"] == [0, 10, 10]
+    crashes.note("the agent gives up after cluster.max_restarts starts without a new checkpoint", by="gave_up")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, str], None]]:
+    """small_disk(folder, "800k"): a file system of that size there; again: another size."""
+    if os.geteuid():
+        pytest.skip("to mount a small file system one must be root")
+    mounted: list[Path] = []
+
+    def mount(folder: Path, size: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        options = f"size={size}" + (",remount" if folder in mounted else "")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
+        mounted.append(folder)
+
+    yield mount
+    for folder in set(mounted):
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full(make, command, launch, records, whole, small_disk, fault) -> None:
+    """The second checkpoint finds no room: that is said, the first stays whole, and the run goes on as soon as there is room."""
+    config = make("run", {**TWO, "cluster.max_restarts": 5})
+    run_dir = Path(config.train.run_dir)
+    expected = unbroken(whole, make, command, records)
+    small_disk(run_dir / "checkpoints", "800k")
+    process = launch(config)
+    wait_for_step(run_dir, 12, process)
+    full = fault("full disk", run_dir)
+    deadline = time.monotonic() + 120
+    while not (failed := [event for event in read_events(run_dir) if event["kind"] == "failed"]):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    assert "No space left on device" in failed[0]["message"]
+    assert find_checkpoint(run_dir).name == "step-00000010"
+    small_disk(run_dir / "checkpoints", "50m")
+    assert process.wait(240) == ExitCode.FINISHED
+    full.note("said; tried again; goes on when there is room", losses(config, records) == expected)
+    assert losses(config, records) == expected
+
+
+def test_a_bit_that_has_flipped_in_a_checkpoint(make, command, records, fault) -> None:
+    """It is never trained on. The message names the file, and the older checkpoint that goes on to the same losses."""
+    config = make("run", {"checkpoint.save_every": 10, "train.log_every": 1})
+    run_dir = Path(config.train.run_dir)
+    assert command(config).returncode == 0
+    before = losses(config, records)
+    (shard,) = (run_dir / "checkpoints" / "step-00000020").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    flip = fault("flipped bit", run_dir)
+    refused = command(config, "train.steps=25")
+    assert refused.returncode == ExitCode.REFUSED and str(shard) in refused.stderr and "CRC-32" in refused.stderr
+    flip.note("the file is named, the run ends; an older checkpoint can be named")
+    pointer = run_dir / "checkpoints" / "latest"
+    assert f"echo step-00000010 > {pointer}" in refused.stderr
+    pointer.write_text("step-00000010\n")
+    assert command(config).returncode == ExitCode.FINISHED and losses(config, records) == before
 
 
 def test_a_run_that_is_asked_to_stop_comes_back(make, command, launch, records, whole) -> None:
@@ -131,7 +219,7 @@ def test_a_run_that_is_asked_to_stop_comes_back(make, command, launch, records, 
     process = launch(config)
     wait_for_step(run_dir, 13, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == ExitCode.SAVED and not is_finished(run_dir)
+    assert process.wait(180) == ExitCode.SAVED and not is_finished(run_dir)
     progress = read_progress(run_dir)
     assert progress is not None and find_checkpoint(run_dir).name == f"step-{progress.step:08d}" and progress.step % 10
     assert command(config).returncode == ExitCode.FINISHED
@@ -142,11 +230,11 @@ def test_asked_before_the_first_step(make, launch) -> None:
     """While its ranks import, they hear nothing; they are asked again until they do."""
     config = make("run", TWO)
     process = launch(config)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(ranks_of(process.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(90) == ExitCode.SAVED
+    assert process.wait(180) == ExitCode.SAVED
 
 
 def test_two_agents_train_one_run(make, command, launch, records, whole, tmp_path: Path) -> None:
@@ -186,6 +274,6 @@ def test_two_agents_train_one_run(make, command, launch, records, whole, tmp_pat
     environ = Path(f"/proc/{victim}/environ").read_text()
     assert "MEGALM_TOKEN" not in environ and "LOCAL_RANK=0\0" in environ
     os.kill(victim, signal.SIGKILL)
-    assert [agent.wait(120) for agent in agents] == [0, 0]
+    assert [agent.wait(240) for agent in agents] == [0, 0]
     assert losses(config, records) == unbroken(whole, make, command, records)
     assert (run_dir / "logs" / "7.0" / "report-0.0.txt").exists() and (run_dir / "logs" / "7.0" / "rank-1.log").exists()
