@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import itertools
+import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -284,7 +285,9 @@ def _is_sound(override: Override, command: Command, loader: ConfigLoaderImpl, pr
         value = _text(override).partition("=")[2]
     names = [*sections, *loader.list_groups("")]
     problem, guess = unknown_key(key, value, names), suggest(key, names)
-    if guess and isinstance(value, str) and _names(loader, guess):
+    if override.is_sweep_override() and guess:
+        problem = replace(problem, fix=shlex.quote(f"{guess}={value}"))
+    elif guess and isinstance(value, str) and _names(loader, guess):
         problem = replace(problem, fix=assign(guess, value))
     problems.append(problem)
     return False
@@ -310,7 +313,7 @@ def _swept_values(override: Override) -> Iterable[str]:
     if override.is_discrete_sweep():
         return override.sweep_string_iterator()
     ends: Any = override.value()
-    return [str(ends.start), str(ends.end)]
+    return [str(int(end)) if float(end).is_integer() else str(end) for end in (ends.start, ends.end)]  # Hydra says 1.0 for 1
 
 
 def _inspect_job(

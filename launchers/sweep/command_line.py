@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from megalm.errors import Problem
 from megalm.launchers.compose import Command, inspect
 from megalm.launchers.slurm.plan import examine_in_job
+from megalm.launchers.sweep.settings import check_words
 
 
 def with_launcher(typed: Sequence[str], slurm: bool) -> list[str]:
@@ -21,7 +23,9 @@ def with_launcher(typed: Sequence[str], slurm: bool) -> list[str]:
 
 def inspect_sweep(command: Command, typed: Sequence[str]) -> tuple[Any, list[Problem]]:
     """As compose.inspect: (config of the first point, problems of all). Points of SLURM are judged as on its nodes."""
-    problems = _no_search(command)
+    kept, problems = check_words(command.overrides)
+    problems += _no_search(command)
+    command = replace(command, overrides=kept)
     if "hydra/launcher=megalm_slurm" not in typed:
         config, found = inspect(command)
         return config, problems + found

@@ -16,10 +16,12 @@ from megalm.config.machine import count_gpus, uses_cuda
 from megalm.errors import ConfigError, ExitCode, Problem
 from megalm.launchers.sweep.point import Point, failure, unique
 from megalm.launchers.sweep.table import Table
+from megalm.observe.words import clean
 from megalm.parallel.signals import StopRequest
 from megalm.parallel.workers import ends_with_parent
 
 CONSOLE = "console.log"
+_WORDS = 4  # lines of the console that are shown of a point that failed
 _LOOK_SECONDS, _SAVE_SECONDS = 0.25, 120.0
 Watch = Callable[[Sequence[Point]], None]
 
@@ -161,7 +163,17 @@ def _close(point: Point, code: int) -> None:
     else:
         said = "ended without a result.json" if code == ExitCode.FINISHED else _ended(code)
         point.status, point.note = "failed", said
-        point.error = failure(point, said, code if code in (ExitCode.REFUSED, ExitCode.HOPELESS) else ExitCode.FAILED)
+        known = code in (ExitCode.REFUSED, ExitCode.HOPELESS)
+        point.error = failure(point, said + _last_words(point), code if known else ExitCode.FAILED)
+
+
+def _last_words(point: Point) -> str:
+    """Of its console: most often they say what to mend."""
+    with open(point.folder / CONSOLE, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    words = [" ".join(clean(line).split()) for line in lines if line.strip()][-_WORDS:]
+    return f'; its last words: {" / ".join(words)}' if words else ""
 
 
 def _ended(code: int) -> str:

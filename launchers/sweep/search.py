@@ -10,24 +10,24 @@ import fcntl
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from megalm.config.run import ROOTS
 from megalm.errors import ConfigError, ExitCode, Problem, writing
 from megalm.launchers.sweep.point import Point, Sweep
+from megalm.launchers.sweep.settings import check
 from megalm.launchers.sweep.space import Dimension, read_space
 from megalm.runfolder import PRUNE, read_result
 
 JOURNAL, STUDY = "optuna.journal", "megalm"
-_CHOICES = {"sampler": ("tpe", "random"), "pruner": ("none", "median", "hyperband")}
 
 
 def search(arguments: Sequence[str], settings: Any, launcher: Any, sweep: Sweep, folder: str) -> float | None:
     """The lowest loss found. `settings`: see hydra_plugins/megalm_optuna.py. Raises ConfigError, KeyboardInterrupt."""
     optuna = _optuna()
-    _check(settings)
+    check("megalm_optuna", **{key: value for key, value in vars(settings).items() if key != "_target_"})
     fixed, space = read_space(arguments, ROOTS[sweep.verb])
     root = Path(folder).absolute()
     with writing(root, "hydra.sweep.dir"):
@@ -64,20 +64,6 @@ def _optuna() -> Any:
     return optuna
 
 
-def _check(settings: Any) -> None:
-    problems = []
-    for name, known in _CHOICES.items():
-        key, value = f"hydra.sweeper.{name}", getattr(settings, name)
-        if value not in known:
-            problems.append(Problem(key, value, "no such one", ", ".join(known), f"{key}={known[0]}"))
-    for name in ("trials", "at_once", "startup"):
-        key, value = f"hydra.sweeper.{name}", getattr(settings, name)
-        if value < 1:
-            problems.append(Problem(key, value, "at least 1", "", f"{key}=1"))
-    if problems:
-        raise ConfigError(*problems)
-
-
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """One search at a time in a folder. Raises ConfigError."""
@@ -90,14 +76,34 @@ def _alone(root: Path) -> Iterator[None]:
             raise ConfigError(Problem("hydra.sweep.dir", root, rule, "", fix)) from error
         except OSError:  # some network file systems have no locks
             pass
+        else:
+            _mend(root / JOURNAL)
         yield
+
+
+def _mend(journal: Path) -> None:
+    """What a search leaves that was killed, or had a full disk, while it wrote: its lock, and a line without an end.
+
+    Optuna would wait for the lock for half a minute, and write the next line behind the half one: that could not be read.
+    """
+    journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
+    with suppress(FileNotFoundError), open(journal, "r+b") as file:
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
 
 
 def _open_study(optuna: Any, root: Path, settings: Any, space: Sequence[Dimension]) -> Any:
     """The study of this folder, new or as it was left. Raises ConfigError if it draws from something else."""
     backend = optuna.storages.journal.JournalFileBackend(str(root / JOURNAL))
-    storage = optuna.storages.JournalStorage(backend)
-    study = optuna.create_study(study_name=STUDY, storage=storage, direction="minimize", load_if_exists=True)
+    try:
+        storage = optuna.storages.JournalStorage(backend)
+        study = optuna.create_study(study_name=STUDY, storage=storage, direction="minimize", load_if_exists=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever Optuna meets while it reads
+        rule = f"this is not a journal of Optuna: {error}"
+        fix = f"mv {root / JOURNAL} {root / JOURNAL}.broken: points that are drawn again keep their results"
+        raise ConfigError(Problem("hydra.sweep.dir", root / JOURNAL, rule, "", fix)) from error
     drawn = {d.key: str(d.distribution()) for d in space}
     before = study.user_attrs.get("space", drawn)
     if before != drawn:

@@ -81,10 +81,11 @@ def _dimension(key: str, kind: Any, override: Any) -> Dimension:
 
 def _fault(dimension: Dimension, kind: Any) -> tuple[str, str] | None:
     """(the rule it breaks, the fix)."""
+    ends = f"{dimension.high:g},{dimension.low:g}"  # turned
     checks: list[tuple[Callable[[], bool], str, str]] = [
         (lambda: dimension.kind != "choice" and kind not in (int, float), "takes no numbers", f"'{dimension.key}=choice(a,b)'"),
         (lambda: dimension.kind == "float" and kind is int, "takes whole numbers", f"'{dimension.key}=interval(1,8)'"),
-        (lambda: dimension.low > dimension.high, "the lower end comes first", ""),
+        (lambda: dimension.low > dimension.high, "the lower end comes first", f"'{dimension.key}=interval({ends})'"),
         (lambda: dimension.log and dimension.low <= 0, "a logarithm needs ends above 0", f"'{dimension.key}=interval(1e-5,1)'"),
     ]
     return next(((rule, fix) for broken, rule, fix in checks if broken()), None)

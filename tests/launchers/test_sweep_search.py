@@ -153,6 +153,27 @@ def test_settings_that_do_not_go_together_are_a_failed_trial(tmp_path: Path, cap
     assert 0 < failed < 12 and len(played.ran) == 12 - failed and f"{12 - failed} complete, {failed} fail" in said.out
 
 
+@pytest.mark.timeout(60)
+def test_what_a_killed_search_leaves_is_mended(tmp_path: Path) -> None:
+    """Its lock, which Optuna would wait for, and half a line, behind which the next one could not be read."""
+    search(SPACE, settings(trials=2), Played(tmp_path), Sweep("pretrain"), str(tmp_path))
+    (tmp_path / "optuna.journal.lock").symlink_to(tmp_path / "optuna.journal")
+    with open(tmp_path / "optuna.journal", "a") as journal:
+        journal.write('{"op_code":5,"work')
+    for trials in (3, 4):  # the second reads what the first has written behind it
+        begun, played = time.monotonic(), Played(tmp_path)
+        search(SPACE, settings(trials=trials), played, Sweep("pretrain"), str(tmp_path))
+        assert len(played.ran) == 1 and time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("text", ["not a journal\nof Optuna\n", "[1]\n[2]\n", '{"op_code":99}\n{"op_code":4}\n'])
+def test_a_journal_that_is_none_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "optuna.journal").write_text(text)
+    with pytest.raises(ConfigError, match="not a journal of Optuna") as caught:
+        search(SPACE, settings(trials=2), Played(tmp_path), Sweep("pretrain"), str(tmp_path))
+    assert "mv " in caught.value.problems[0].fix
+
+
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="3 problems"):
         bad = settings(sampler="tbe", pruner="x", trials=0)

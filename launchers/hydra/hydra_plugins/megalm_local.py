@@ -33,7 +33,9 @@ class LocalLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from megalm.launchers.sweep.local import run_points
         from megalm.launchers.sweep.point import plan_points, returns
+        from megalm.launchers.sweep.settings import check
 
+        check("megalm_local", jobs=self.jobs, table=self.table)
         points = plan_points(self.context, self.config, self.task, job_overrides)
         run_points(points, self.jobs, self.table, self.watch)
         return returns(points, self.task)

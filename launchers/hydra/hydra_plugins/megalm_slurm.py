@@ -36,7 +36,10 @@ class SlurmLauncher(Launcher):
         from megalm.launchers.slurm.plan import examine_in_job
         from megalm.launchers.sweep.cluster import submit_points, wait_for
         from megalm.launchers.sweep.point import plan_points, returns
+        from megalm.launchers.sweep.settings import check
 
+        waits = {"wait": self.wait, "poll_seconds": self.poll_seconds}
+        check("megalm_slurm", array_from=self.array_from, at_once=self.at_once, **waits)
         points = plan_points(self.context, self.config, self.task, job_overrides, examine_in_job)
         submit_points(points, self.array_from, self.at_once)
         search = "BasicSweeper" not in str(self.config.hydra.sweeper._target_)
