@@ -32,7 +32,7 @@ from megalm.parallel.verdict import Patience, RankStatus
 from megalm.parallel.workers import Starter, free_port, make_folder, next_start, start_process
 from megalm.runfolder import note_event, read_progress
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.1  # each costs the machine a fraction of a millisecond, which a rank may miss
 _LOOK_SECONDS = 0.5  # between two looks at the heartbeats
 _ASK_SECONDS = 1.0  # between two requests to stop: a rank that is still importing hears none
 _NOTE_SECONDS = 1.0  # how long to wait for other workers' notes, so that the cause is shown and not its echo
@@ -242,8 +242,8 @@ def follow(squad: Squad, wire: Wire, stop: StopRequest) -> ExitCode:
                 ranks.ask_to_stop()
             codes = ranks.codes()
             if codes != before or now - told > _LOOK_SECONDS:
+                plain = [status.to_plain() for status in ranks.statuses(fresh=codes != before)]  # a dead rank's last word
                 before, told = codes, now
-                plain = [status.to_plain() for status in ranks.statuses()]
                 wire.send({"ranks": plain, "attempt": attempt, "asked": bool(stop.signal)})
     finally:
         if ranks is not None:

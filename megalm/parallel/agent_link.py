@@ -126,15 +126,14 @@ class Peers:
 
     def look(self, seconds: float) -> bool:
         """Take what the nodes say for `seconds`, or until one says something, and ping them. Whether one did."""
+        if self.server is None:
+            time.sleep(seconds)
+            return False
         something = False
         with selectors.DefaultSelector() as selector:
             for source in (self.server, *(w.socket for w in (*self.wires.values(), *self.strangers) if w.open)):
-                if source is not None:
-                    selector.register(source, selectors.EVENT_READ)
-            if selector.get_map():
-                selector.select(seconds)
-            else:
-                time.sleep(seconds)
+                selector.register(source, selectors.EVENT_READ)
+            selector.select(seconds)
         self._admit()
         for node, wire in self.wires.items():
             for message in wire.receive():
@@ -171,8 +170,7 @@ class Peers:
 
     def _admit(self) -> None:
         """New connections, and those that have said who they are."""
-        if self.server is None:
-            return
+        assert self.server is not None
         try:
             while True:
                 wire = Wire(self.server.accept()[0])

@@ -19,7 +19,7 @@ from typing import Any
 from megalm.errors import ExitCode, MegalmError, Problem, RunError
 from megalm.parallel.heartbeat_file import Collective, Pulse
 
-STOPPED_SECONDS = 5.0  # a process that has been stopped for so long is not waited for any longer
+STOPPED_SECONDS = 3.0  # a process that has been stopped for so long is not waited for any longer
 _MOVED = "batch_isend_irecv"  # neighbours of a pipeline rightly count differently
 
 

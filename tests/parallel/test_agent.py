@@ -53,8 +53,8 @@ def test_how_long_it_waits(phase: str, longest: float, own: float, expected: flo
     [
         ([rank(0), rank(1, idle=29.0)], False, "running"),
         ([rank(0), rank(1, idle=31.0)], False, "stalled"),
-        ([rank(0), rank(1, idle=4.0, state="T")], False, "running"),
-        ([rank(0), rank(1, idle=6.0, state="T")], False, "stalled"),
+        ([rank(0), rank(1, idle=2.0, state="T")], False, "running"),
+        ([rank(0), rank(1, idle=4.0, state="T")], False, "stalled"),
         ([rank(0, code=0), rank(1, code=0, idle=99.0)], False, "ended"),
         ([rank(0, code=75), rank(1, code=75)], True, "ended"),
         ([rank(0, code=75), rank(1)], True, "running"),
@@ -93,7 +93,7 @@ def test_the_report_names_all(tmp_path: Path) -> None:
     ranks = [rank(0, idle=31.5, pulse=at(8, True)), rank(1, idle=32.0, state="T", pulse=at(7, False))]
     error, guilty = verdict.stall(ranks, Patience(), "report.txt", "starts anew")
     assert guilty.rank == 1 and error.exit_code == ExitCode.FAILED and error.problems[0].value == "stopped"
-    for part in ("within 5 s", "rank 1 on n1", "pid 101", "state T", "silent for 32.0 s", "all_reduce number 7 of data 0-2"):
+    for part in ("within 3 s", "rank 1 on n1", "pid 101", "state T", "silent for 32.0 s", "all_reduce number 7 of data 0-2"):
         assert part in str(error)
     text = verdict.report("title", ranks, [1])
     assert "in    all_reduce 8 of data 0-2" in text and text.count("<--") == 1
