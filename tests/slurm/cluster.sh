@@ -268,7 +268,7 @@ serve() {
 up() {
     local node end
     [ "$(id -u)" = 0 ] || unable "needs root"
-    unshare --net --uts --mount --pid --fork mount -t tmpfs tmpfs /mnt 2>/dev/null || unable "this machine makes no namespaces"
+    unshare --net --uts --mount --pid --fork mount -t tmpfs tmpfs /tmp 2>/dev/null || unable "this machine makes no namespaces"
     command -v slurmctld apt-get >/dev/null || unable "neither slurmctld nor apt-get is here"
     mkdir -p "$DIR"/{log,state,spool}
     chmod 755 "$DIR"

@@ -42,12 +42,6 @@ class Cluster:
             assert time.monotonic() < end, client.ask("sinfo", "-N").out
             time.sleep(0.5)
 
-    def seen_from(self, node: str, path: Path) -> Path:
-        """A path as a node has it, with its own mounts."""
-        pid = (Path(os.environ["SLURM_CONF"]).parent / f"{node}.pid").read_text().strip()
-        first = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True, check=True).stdout.strip()
-        return Path(f"/proc/{first}/root{path}")
-
     def submit(self, *arguments: str) -> str:
         """megalm slurm submit pretrain ...; the job's number."""
         words = [sys.executable, "-m", "megalm.launchers.cli", "slurm", "submit", "pretrain", *arguments]

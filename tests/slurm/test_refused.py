@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_be_written(make, cluster) -> None:
         subprocess.run(["bash", "-c", "cat /dev/zero > fill"], cwd=run.folder, capture_output=True, check=False)
         assert "rule:    cannot be written: No space left on device" in refused(run)
         (run.folder / "fill").unlink()
-        assert "its disk has 0 MiB left" in refused(run)
+        assert "its disk has 1 MiB left" in refused(run)
     finally:
         subprocess.run(["umount", run.folder], check=True)
 
