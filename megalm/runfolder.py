@@ -96,7 +96,9 @@ def note_finished(run_dir: Path, step: int, steps: int, patience: int) -> None:
 
 
 def finished_step(run_dir: Path, steps: int, patience: int) -> int | None:
-    """The last step of a run that has reached this very goal; None if it has not, or had another one."""
+    """The last step of a run that has reached this very goal; None if it has not, had another one, or owes a sweep its result."""
+    if (run_dir / POINT).exists() and not (run_dir / RESULT).exists():
+        return None
     try:
         found = json.loads((run_dir / FINISHED).read_text(encoding="utf-8"))
         return int(found["step"]) if (found["steps"], found["patience"]) == (steps, patience) else None

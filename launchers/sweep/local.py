@@ -172,7 +172,8 @@ def _last_words(point: Point) -> str:
     with open(point.folder / CONSOLE, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
-    words = [" ".join(clean(line).split()) for line in lines if line.strip()][-_WORDS:]
+    said = [" ".join(clean(line).split()) for line in lines if line.strip() and not line.endswith(("1 problem", "problems"))]
+    words = said[-_WORDS:]
     return f'; its last words: {" / ".join(words)}' if words else ""
 
 

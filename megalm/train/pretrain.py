@@ -35,7 +35,7 @@ from megalm.train.hooks import Checkpointing, Evaluating, Logging, ProgressBar
 from megalm.train.kernels import choose_kernels, describe, facts_of
 from megalm.train.measuring import Measuring
 from megalm.train.progress import Beating, Reporting, note_failure
-from megalm.train.pruning import Pruning
+from megalm.train.pruning import Pruning, leave_result
 from megalm.train.record import Recording
 from megalm.train.routing import Routing
 from megalm.train.stopping import Stopping
@@ -192,6 +192,7 @@ def _is_finished(config: RunConfig, source: Path) -> bool:
     if state.step < config.train.steps and not stopped:
         return False
     why = ", stopped early" if stopped else ""
+    leave_result(config, state)
     log(f"already at step {state.step} of {config.train.steps}{why} ({source}); nothing to do")
     log(f"to train on: a larger {'train.patience' if stopped else 'train.steps'}; to start anew: another train.run_dir")
     return True

@@ -7,16 +7,24 @@ killed loses nothing.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megalm.checkpoint.state import RunState
+from megalm.config.run import RunConfig
 from megalm.errors import writing
-from megalm.log import log
-from megalm.runfolder import POINT, PRUNE, Result, write_result
+from megalm.log import log, this_rank
+from megalm.runfolder import POINT, PRUNE, Result, read_result, write_result
 from megalm.train.hooks import Logging
 from megalm.train.trainer import Hook, StepResult, Trainer
+
+METRICS = "metrics.jsonl"
 
 
 class Pruning(Hook):
@@ -45,6 +53,27 @@ class Pruning(Hook):
         run_dir, value = Path(trainer.config.train.run_dir), self.logging.recent_loss if best is None else best
         with writing(run_dir):
             write_result(run_dir, Result(value, trainer.state.step, status, "loss" if best is None else "valid_loss"))
+
+
+def leave_result(config: RunConfig, state: RunState) -> None:
+    """Of a run that is at its end and was killed before it could write result.json, or has only now become a point."""
+    run_dir = Path(config.train.run_dir)
+    if this_rank() or not (run_dir / POINT).exists() or read_result(run_dir) is not None:
+        return
+    value, metric = state.best_valid_loss, "valid_loss"
+    if value is None:
+        losses = {record["step"]: record["loss"] for record in _records(run_dir) if "loss" in record}
+        recent = [losses[step] for step in sorted(losses)[-config.train.log_every :]]
+        value, metric = sum(recent) / max(1, len(recent)), "loss"
+    with writing(run_dir):
+        write_result(run_dir, Result(value, state.step, "finished", metric))
+
+
+def _records(run_dir: Path) -> Iterator[dict[str, Any]]:
+    with suppress(OSError), open(run_dir / METRICS, encoding="utf-8") as file:
+        for line in file:
+            with suppress(ValueError):  # half written
+                yield json.loads(line)
 
 
 def _rank_0_sees(trainer: Trainer, name: str) -> bool:

@@ -72,6 +72,24 @@ def test_a_sweep_of_four_its_report_and_its_second_start(make, cluster, tmp_path
 
 
 @pytest.mark.slow
+def test_an_array_and_one_of_its_points_by_hand(make, cluster, tmp_path: Path) -> None:
+    """Three points as one array, two at a time; the script of one runs alone too, and finds that only its result is missing."""
+    run = make("array")
+    settings = ["hydra.launcher.array_from=2", "hydra.launcher.at_once=2", "hydra.launcher.poll_seconds=0.5"]
+    command = words(run, "optim.lr=1e-2,1e-3,1e-4", *settings, "hydra.launcher.wait=yes", steps=10)
+    done = start(command, tmp_path, 280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = [job for n in range(3) for job in history.jobs_of(run.folder / str(n))]
+    assert len({job.partition("_")[0] for job in jobs}) == 1 and [job.partition("_")[2] for job in jobs] == ["0", "1", "2"]
+    assert [result and result.step for result in (read_result(run.folder / str(n)) for n in range(3))] == [10] * 3
+    result = read_result(run.folder / "1")
+    (run.folder / "1" / RESULT).unlink()
+    by_hand = client.ask("sbatch", "--parsable", str(run.folder / "1" / "job.sh"))
+    assert cluster.wait(by_hand.out.strip())["JobState"] == "COMPLETED", by_hand
+    assert read_result(run.folder / "1") == result
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_search_that_is_killed_half_way_goes_on_to_eight_trials(make, cluster, tmp_path: Path) -> None:
     """kill -9 to the search, its jobs go on; started again it draws the rest: eight trials, none lost, none run twice."""

@@ -10,7 +10,7 @@ import pytest
 
 from megalm.config.run import RunConfig
 from megalm.errors import ExitCode
-from megalm.runfolder import POINT, PRUNE, RESULT, is_finished, read_result
+from megalm.runfolder import FINISHED, POINT, PRUNE, RESULT, is_finished, read_result
 from megalm.train.pretrain import pretrain
 
 Make = Callable[..., RunConfig]
@@ -54,6 +54,22 @@ def test_a_point_that_is_given_up_ends_at_its_next_evaluation(make: Make) -> Non
     assert pretrain(config) == ExitCode.FINISHED
     result = read_result(folder)
     assert result is not None and (result.step, result.status) == (20, "finished")
+
+
+@pytest.mark.parametrize("eval_every", [0, 2])
+def test_a_run_that_was_killed_after_its_last_step_leaves_its_result_the_next_time(eval_every: int, make: Make) -> None:
+    """Between the last checkpoint and result.json: there is nothing left to train, and the sweep waits for it."""
+    config = make("run", {"train.steps": 4, "train.eval_every": eval_every, "train.log_every": 3})
+    folder = as_point(config)
+    pretrain(config)
+    first = read_result(folder)
+    (folder / RESULT).unlink()
+    (folder / FINISHED).unlink()
+    again = make("run", {"train.steps": 4, "train.eval_every": eval_every, "train.log_every": 3})
+    assert pretrain(again) == ExitCode.FINISHED
+    second = read_result(folder)
+    assert first is not None and second is not None and second.value == pytest.approx(first.value)
+    assert (second.step, second.status, second.metric) == (first.step, "finished", first.metric)
 
 
 def test_a_run_of_its_own_is_no_point(make: Make) -> None:
