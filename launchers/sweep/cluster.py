@@ -25,9 +25,8 @@ def submit_points(points: Sequence[Point], array_from: int, at_once: int) -> Non
     """Submits those that have no result and no job, and says so in their status.
 
     array_from: so many alike go as one array; 0: none does. at_once: of an array. Raises ConfigError with the problems of
-    all points, and RunError where SLURM does not answer, before any is submitted.
+    all points before any is submitted.
     """
-    client.ask("sbatch", "--version")
     waiting = [point for point in unique(points) if point.status == "waiting"]
     waiting = [point for point in waiting if not _has_job(point)]
     jobs = _jobs(waiting)
@@ -48,9 +47,17 @@ def submit_points(points: Sequence[Point], array_from: int, at_once: int) -> Non
         _submit_one(point, job, _wishes(job) not in asked)
         asked.add(_wishes(job))
     for point in unique(points):
-        result = point.result()
-        said = f", {result.metric} {result.value:.4f} at step {result.step}" if result is not None else ""
-        print(f"point {point.number}: {point.status}{' before' if point.before else ''} {point.note}{said}; {point.folder}")
+        _say(point)
+    _, secret = client.without_secrets(os.environ)
+    if secret and any(point in waiting for point in points):
+        print(f"not handed to SLURM, which keeps environments on disk: {', '.join(secret)} (see slurm.setup)", flush=True)
+
+
+def _say(point: Point) -> None:
+    result = point.result()
+    value = f", {result.metric} {result.value:.4f} at step {result.step}" if result is not None else ""
+    words = [point.status, *["before"] * point.before, *[point.note] * bool(point.note)]
+    print(f"point {point.number}: {' '.join(words)}{value}; {point.folder}", flush=True)
 
 
 def _has_job(point: Point) -> bool:
@@ -130,6 +137,7 @@ def wait_for(points: Sequence[Point], seconds: float, watch: Watch | None = None
             if not any(_state(job) in client.LIVE for job in history.jobs_of(point.folder)):
                 pending.remove(point)
                 _close(point)
+                _say(point)
         if watch is not None:
             watch(unique(points))
         if pending:

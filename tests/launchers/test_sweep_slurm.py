@@ -97,6 +97,17 @@ def test_what_has_a_result_or_a_job_is_not_submitted_again(run: Run, folder: Pat
     assert "point 0: finished before" in again.stdout and f"point 2: submitted before, job {job}" in again.stdout
 
 
+def test_secrets_are_not_handed_over_and_that_is_said(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "sbatch").write_text(f'#!/bin/bash\n[ "$1" = --version ] || env >> {folder}/environments\necho 100\n')
+    monkeypatch.setenv("WANDB_API_KEY", "very-secret")
+    for array in (0, 2):
+        done = run("cluster=slurm", f"hydra.launcher.array_from={array}", "optim.lr=1e-3,3e-4", f"train.seed={array}")
+        assert done.returncode == 0 and "not handed to SLURM" in done.stdout and "WANDB_API_KEY" in done.stdout, done.stderr
+    assert (folder / "environments").read_text().count("\nPWD=") >= 5, "sbatch was asked, and took jobs"
+    kept = [path for path in folder.parent.rglob("*") if path.is_file()]
+    assert len(kept) > 10 and not any("very-secret" in path.read_text(errors="replace") for path in kept)
+
+
 def test_many_alike_are_an_array(run: Run, folder: Path, tmp_path: Path) -> None:
     settings = ["hydra/launcher=megalm_slurm", "hydra.launcher.array_from=3", "hydra.launcher.at_once=2"]
     done = run(*settings, "optim.lr=1e-3,3e-4,1e-4", "slurm.minutes=5,6")
@@ -134,6 +145,7 @@ def test_waiting_ends_with_the_jobs(run: Run, folder: Path) -> None:
     done = run("hydra/launcher=megalm_slurm", *settings, "optim.lr=1e-3,3e-4")
     assert done.returncode == 1 and done.stderr.count("its job ended without a result") == 2, done.stderr
     assert time.monotonic() - begun < 100
+    assert done.stdout.count(": submitted job ") == 2 and done.stdout.count(": failed its job ended without a result") == 2
 
 
 def test_without_slurm_nothing_is_written(tmp_path: Path) -> None:
@@ -141,7 +153,8 @@ def test_without_slurm_nothing_is_written(tmp_path: Path) -> None:
     environ = {**os.environ, "PATH": "/nowhere"}
     command = [sys.executable, "-m", "megalm.launchers.cli", *words]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1 and "sbatch is not on the PATH" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "sbatch is not on the PATH" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("sweep/*/*")), "Hydra makes the folder, and no point lies in it"
 
 
 def test_an_interval_needs_a_search(run: Run) -> None:

@@ -33,6 +33,7 @@ class SlurmLauncher(Launcher):
         self.context, self.task, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from megalm.launchers.slurm import client
         from megalm.launchers.slurm.plan import examine_in_job
         from megalm.launchers.sweep.cluster import submit_points, wait_for
         from megalm.launchers.sweep.point import plan_points, returns
@@ -40,6 +41,7 @@ class SlurmLauncher(Launcher):
 
         waits = {"wait": self.wait, "poll_seconds": self.poll_seconds}
         check("megalm_slurm", array_from=self.array_from, at_once=self.at_once, **waits)
+        client.ask("sbatch", "--version")  # where there is no SLURM, nothing is written
         points = plan_points(self.context, self.config, self.task, job_overrides, examine_in_job)
         submit_points(points, self.array_from, self.at_once)
         search = "BasicSweeper" not in str(self.config.hydra.sweeper._target_)
