@@ -59,7 +59,7 @@ def read_progress(run_dir: Path) -> Progress | None:
 def note_event(run_dir: Path, kind: str, **details: Any) -> None:
     """Add a line to events.jsonl: {"time", "kind", **details}. Several machines may: a line is one write, in append mode.
 
-    kinds: started, saved, stopping, failed, stalled, restarted, requeued, excluded, gave_up, finished.
+    kinds: started, saved, stopping, failed, stalled, restarted, requeued, excluded, gave_up, pruned, finished.
     """
     line = json.dumps({"time": time.time(), "kind": kind, **details}, default=str) + "\n"
     handle = os.open(run_dir / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

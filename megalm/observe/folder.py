@@ -17,7 +17,7 @@ import yaml
 from megalm.errors import ConfigError, Problem
 from megalm.observe.lines import read_lines, read_object
 from megalm.observe.words import number
-from megalm.runfolder import EVENTS, FINISHED, PROGRESS, RESULT
+from megalm.runfolder import EVENTS, FINISHED, PROGRESS
 
 METRICS, CONFIG, MEMORY = "metrics.jsonl", "config.yaml", "memory.json"
 _SIGNS = (METRICS, CONFIG, EVENTS, PROGRESS)  # a folder with one of them is a run's
@@ -44,7 +44,6 @@ class Run:
     failures: list[tuple[str, list[str]]] = field(default_factory=list)  # (file, lines) of the agent's reports, newest first
     checkpoints: list[int] = field(default_factory=list)  # steps of the complete ones, rising
     finished: bool = False
-    pruned: bool = False  # a point of a sweep that the search gave up
     notes: list[str] = field(default_factory=list)  # what could not be read
 
     @property
@@ -93,7 +92,6 @@ def read_run(folder: Path, metrics: bool = True) -> Run:
     run.config = _read_config(_own(run, CONFIG), run.notes)
     run.progress = _checked(read_object(_own(run, PROGRESS), run.notes) or {})
     run.finished = (folder / FINISHED).is_file()
-    run.pruned = (read_object(_own(run, RESULT), run.notes) or {}).get("status") == "pruned"
     run.events = list(deque(_timed(read_lines(_own(run, EVENTS), run.notes)), _EVENTS))
     run.checkpoints = _find_checkpoints(folder / "checkpoints")
     run.failures = list(_read_failures(run))

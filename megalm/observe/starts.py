@@ -9,7 +9,7 @@ from typing import Any
 from megalm.observe.folder import Run
 from megalm.observe.words import clean, number, told
 
-_ENDINGS = {"stopping", "failed", "stalled", "gave_up", "finished"}
+_ENDINGS = {"stopping", "failed", "stalled", "gave_up", "pruned", "finished"}
 _ACTIVE = {"started", "saved", *_ENDINGS}  # written while the processes are there
 
 EFFECTIVE = (
@@ -129,6 +129,8 @@ def _begin(event: dict[str, Any]) -> Start:
 def _ending(event: dict[str, Any]) -> str:
     if event["kind"] == "finished":
         return "finished"
+    if event["kind"] == "pruned":
+        return "given up by the search"
     if event["kind"] == "stopping":
         return f"asked to stop ({clean(event['signal'], 40)})" if event.get("signal") else "asked to stop"
     words = told({key: event[key] for key in ("reason", "message", "rank", "host") if key in event})

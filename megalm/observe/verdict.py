@@ -11,7 +11,7 @@ from megalm.observe.folder import Run
 from megalm.observe.words import duration, number, told
 from megalm.parallel.workers import this_host
 
-_DECISIVE = {"started", "stopping", "failed", "stalled", "restarted", "requeued", "gave_up", "finished"}
+_DECISIVE = {"started", "stopping", "failed", "stalled", "restarted", "requeued", "gave_up", "pruned", "finished"}
 _QUIET_SECONDS, _QUIET_STEPS = 60.0, 10.0  # a run that says nothing for so long, or for so many of its steps, has stalled
 _MEETING_SECONDS = 300.0  # the default of cluster.rendezvous_seconds
 _GONE_SECONDS = 10.0  # before a process that is not there counts as ended: its last words may be on their way
@@ -65,10 +65,10 @@ def judge(run: Run, now: float, alive: bool | None) -> Verdict:
     silent = max(0.0, now - sign) if sign is not None else None
     gone = alive is False and (silent or 0.0) > _GONE_SECONDS
     if run.finished or kind == "finished":
-        if run.pruned:
-            return Verdict("pruned", f"given up by the search, at step {run.step:,}", ExitCode.FINISHED)
         early = f"stopped early, at step {run.step:,}"
         return Verdict("finished", f"all {run.steps:,} steps are done" if run.step >= run.steps else early, ExitCode.FINISHED)
+    if kind == "pruned":
+        return Verdict("pruned", f"given up by the search, at step {run.step:,}", ExitCode.FINISHED)
     if kind == "gave_up":
         cancelled = event.get("code") == ExitCode.SAVED
         code = ExitCode.SAVED if cancelled else ExitCode.HOPELESS

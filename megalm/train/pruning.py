@@ -20,7 +20,7 @@ from megalm.checkpoint.state import RunState
 from megalm.config.run import RunConfig
 from megalm.errors import writing
 from megalm.log import log, this_rank
-from megalm.runfolder import POINT, PRUNE, Result, read_result, write_result
+from megalm.runfolder import POINT, PRUNE, Result, note_event, read_result, write_result
 from megalm.train.hooks import Logging
 from megalm.train.trainer import Hook, StepResult, Trainer
 
@@ -53,6 +53,8 @@ class Pruning(Hook):
         run_dir, value = Path(trainer.config.train.run_dir), self.logging.recent_loss if best is None else best
         with writing(run_dir):
             write_result(run_dir, Result(value, trainer.state.step, status, "loss" if best is None else "valid_loss"))
+            if self.pruned:
+                note_event(run_dir, "pruned", step=trainer.state.step)
 
 
 def leave_result(config: RunConfig, state: RunState) -> None:

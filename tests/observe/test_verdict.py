@@ -69,10 +69,9 @@ def test_a_job_that_was_cancelled_or_pruned() -> None:
     run = run_of("started", "gave_up")
     run.events[-1]["code"] = 75
     assert (judge(run, NOW, None).state, judge(run, NOW, None).code) == ("stopped", 75)
-    pruned = run_of("started", finished=True, **{"train.steps": 100})
-    pruned.pruned = True
-    said = judge(pruned, NOW, None)
+    said = judge(run_of("started", "pruned", silent=9999), NOW, False)
     assert (said.state, said.why, said.code) == ("pruned", "given up by the search, at step 50", 0) and said.is_over
+    assert judge(run_of("started", "pruned", "started"), NOW, None).state == "running", "somebody trains it on"
 
 
 def test_a_clock_that_is_ahead() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 
 from megalm.config.run import RunConfig
 from megalm.errors import ExitCode
+from megalm.observe.folder import read_run
+from megalm.observe.starts import starts_of
+from megalm.observe.verdict import judge
 from megalm.runfolder import FINISHED, POINT, PRUNE, RESULT, is_finished, read_result
 from megalm.train.pretrain import pretrain
 
@@ -49,6 +53,9 @@ def test_a_point_that_is_given_up_ends_at_its_next_evaluation(make: Make) -> Non
     assert pretrain(config) == ExitCode.FINISHED
     result = read_result(folder)
     assert result is not None and (result.step, result.status) == (4, "pruned")
+    run = read_run(folder)
+    assert judge(run, time.time() + 9999, False).state == "pruned"  # long after its process has ended
+    assert [start.ending for start in starts_of(run)] == ["given up by the search"]
     assert not is_finished(folder)  # it has not reached its goal, and goes on where the file is taken away
     (folder / PRUNE).unlink()
     assert pretrain(config) == ExitCode.FINISHED
