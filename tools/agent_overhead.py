@@ -100,14 +100,15 @@ def overhead(folder: Path, corpus: Path, rounds: int, seconds: float) -> dict[st
         pulse = read_pulse(beat)
     collectives = sum(one.sequence for one in pulse.collectives) / pulse.step
     stamp, step = stamp_seconds(), statistics.median([turn for name in ARMS[1:] for turn in arms[name].turns])
-    plain_cpu = sum(arms[name].cpu for name in ARMS[1:]) / sum(arms[name].steps for name in ARMS[1:])
+    cpu = [arms[name].cpu / arms[name].steps for name in ARMS]
     result: dict[str, Any] = {
         "step_seconds": step,
         "stamp_microseconds": stamp * 1e6,
         "collectives_per_step": collectives,
         "stamps_share": collectives * stamp / step,
         "agent_core_share": agent.agent_cpu / agent.seconds,
-        "rank_cpu_ratio": agent.cpu / agent.steps / plain_cpu,
+        "rank_cpu_ratio": cpu[0] / cpu[1],
+        "rank_cpu_ratio_of_nothing": cpu[2] / cpu[1],
         "ratios": _ratios(arms, *ARMS[:2]),
         "ratios_of_nothing": _ratios(arms, *ARMS[:0:-1]),
     }
@@ -133,10 +134,11 @@ def _share(what: str, ratios: list[float]) -> str:
 
 def _print(result: dict[str, Any]) -> None:
     step, least = (result[key] * 1e3 for key in ("step_seconds", "one_percent_from_seconds"))
-    print(f"  counted   a stamp {result['stamp_microseconds']:.2f} us, {result['collectives_per_step']:.0f} collectives in a")
-    print(f"            step of {step:.0f} ms: {result['stamps_share']:.3%}")
+    count, stamp = result["collectives_per_step"], result["stamp_microseconds"]
+    print(f"  counted   {count:.0f} collectives in a step of {step:.0f} ms, {stamp:.2f} us each: {result['stamps_share']:.3%}")
     print(f"            the agent {result['agent_core_share']:.2%} of a core")
     print(f"            together {result['counted_share']:.2%}; 1 % in a step of {least:.0f} ms")
     print("  measured  " + _share("a step takes", result["ratios"]))
     print("            " + _share("and of two runs without an agent one takes", result["ratios_of_nothing"]))
-    print(f"            CPU seconds of the ranks per step {result['rank_cpu_ratio'] - 1:+.2%}", flush=True)
+    ratios = (result["rank_cpu_ratio"] - 1, result["rank_cpu_ratio_of_nothing"] - 1)
+    print("            CPU seconds of the ranks per step {:+.1%}, without an agent {:+.1%}".format(*ratios), flush=True)

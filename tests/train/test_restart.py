@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 from megalm.checkpoint.sharded import find_checkpoint
 from megalm.errors import ExitCode
 from megalm.runfolder import is_finished, read_events, read_progress
+from tools.draw_reliability import Row, append
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -139,19 +141,20 @@ def test_a_rank_that_is_killed_or_stopped(name, number, told, reason, make, comm
     assert not Path(f"/proc/{victim}").exists()
 
 
-def test_a_step_that_always_kills(make, launch, monkeypatch: pytest.MonkeyPatch, fault) -> None:
+def test_a_step_that_always_kills(make, launch, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """A batch that a rank cannot survive, say: a checkpoint before it, then two restarts that bring nothing new, and the end."""
     monkeypatch.setenv("POISON", "1:13")
     config = make("run", {**TWO, "cluster.max_restarts": 2})
     run_dir = Path(config.train.run_dir)
     process = launch(config)
     wait_for_step(run_dir, 10, process)
-    crashes = fault("crash loop", run_dir)
+    began = time.time()
     assert process.wait(240) == ExitCode.FAILED and not is_finished(run_dir)
     events = [event for event in read_events(run_dir) if event["kind"] != "saved"]
     assert [event["kind"] for event in events] == ["started", *["failed", "restarted", "started"] * 2, "failed", "gave_up"]
     assert [event["step"] for event in events if event["kind"] == "started"] == [0, 10, 10]
-    crashes.note("the agent gives up after cluster.max_restarts starts without a new checkpoint", by="gave_up")
+    outcome = "the agent gives up after cluster.max_restarts starts without a new checkpoint"
+    append(Row("crash loop", events[-1]["time"] - began, None, None, outcome, source=request.node.nodeid))
 
 
 @pytest.fixture
@@ -193,24 +196,30 @@ def test_a_disk_that_is_full(make, command, launch, records, whole, small_disk, 
     assert losses(config, records) == expected
 
 
-def test_a_bit_that_has_flipped_in_a_checkpoint(make, command, records, fault) -> None:
+def test_a_bit_that_has_flipped_in_a_checkpoint(make, command, records, request: pytest.FixtureRequest) -> None:
     """It is never trained on. The message names the file, and the older checkpoint that goes on to the same losses."""
-    config = make("run", {"checkpoint.save_every": 10, "train.log_every": 1})
+    config = make("run", {"train.steps": 30, "checkpoint.save_every": 10, "checkpoint.keep": 0, "train.log_every": 1})
     run_dir = Path(config.train.run_dir)
-    assert command(config).returncode == 0
-    before = losses(config, records)
+    assert command(config).returncode == ExitCode.FINISHED
+    before, pointer = losses(config, records), run_dir / "checkpoints" / "latest"
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000030")  # as if it had been killed before that
+    (run_dir / "finished").unlink()
+    pointer.write_text("step-00000020\n")
     (shard,) = (run_dir / "checkpoints" / "step-00000020").glob("*.safetensors")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
-    flip = fault("flipped bit", run_dir)
-    refused = command(config, "train.steps=25")
+    began = time.time()
+    refused = command(config)
+    seconds = time.time() - began
     assert refused.returncode == ExitCode.REFUSED and str(shard) in refused.stderr and "CRC-32" in refused.stderr
-    flip.note("the file is named, the run ends; an older checkpoint can be named")
-    pointer = run_dir / "checkpoints" / "latest"
     assert f"echo step-00000010 > {pointer}" in refused.stderr
     pointer.write_text("step-00000010\n")
-    assert command(config).returncode == ExitCode.FINISHED and losses(config, records) == before
+    assert command(config).returncode == ExitCode.FINISHED
+    assert [event["step"] for event in read_events(run_dir) if event["kind"] == "started"] == [0, 10]
+    outcome, same = "the file is named, the run ends; an older checkpoint can be named", losses(config, records) == before
+    append(Row("flipped bit", seconds, None, None, outcome, same, request.node.nodeid))
+    assert losses(config, records) == before
 
 
 def test_a_run_that_is_asked_to_stop_comes_back(make, command, launch, records, whole) -> None:
