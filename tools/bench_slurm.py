@@ -50,13 +50,13 @@ def submit_one(folder: Path, corpus: Path) -> dict[str, float]:
         if time.time() - begin > SECONDS:
             raise SystemExit(f"job {job} has not ended after {SECONDS:.0f} s; see {log}")
     text = "".join(path.read_text() for path in log.glob("slurm-*.out"))
-    lines = {word: _when(text, word) for word in (" start 1", "starting 4 tasks")}
+    lines = {word: _when(text, word) for word in (" start 1", " starting 2 tasks")}
     started = next(event["time"] for event in read_events(folder) if event["kind"] == "started")
     first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["time"]
     moments = {
         "submitted": submitted,
         "script runs (to the second)": lines[" start 1"],
-        "nodes looked at (to the second)": lines["starting 4 tasks"],
+        "nodes looked at (to the second)": lines[" starting 2 tasks"],
         "ranks have met": started,
         "first step": first,
     }
@@ -65,7 +65,7 @@ def submit_one(folder: Path, corpus: Path) -> dict[str, float]:
 
 def _when(text: str, word: str) -> float:
     """The time that stands before a line of the supervisor."""
-    found = re.search(rf"^(\S+ \S+) .*{re.escape(word)}", text, re.MULTILINE)
+    found = re.search(rf"^(\S+ \S+).*{word}", text, re.MULTILINE)
     if found is None:
         raise SystemExit(f"{text}\nno line with {word!r}")
     return time.mktime(time.strptime(found[1], "%Y-%m-%d %H:%M:%S"))

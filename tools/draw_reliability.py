@@ -102,13 +102,14 @@ def append(row: Row) -> None:
             file.write(json.dumps({**asdict(row), "time": time.time(), **describe()}) + "\n")
 
 
-def describe() -> dict[str, str]:
-    """The machine and the versions, in words. Without torch: reading its version takes no import."""
+def describe() -> dict[str, Any]:
+    """The machine and the versions, in words, and how busy it is. Without torch: reading its version takes no import."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0))
-    machine = f"{cores} cores ({platform.machine()}), {memory:.0f} GiB, Linux {platform.release()}"
+    machine = f"{cores} cores ({platform.machine()}), {memory:.0f} GiB, Linux {platform.release().partition('-')[0]}"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
-    return {"machine": machine, "versions": f"Python {platform.python_version()}, {packages}"}
+    load = round(os.getloadavg()[0], 1)
+    return {"machine": machine, "load": load, "versions": f"Python {platform.python_version()}, {packages}"}
 
 
 def last_step(run_dir: Path) -> int:
@@ -151,7 +152,8 @@ def draw(lines: Sequence[dict[str, Any]]) -> str:
 
 def _line(fault: str, meaning: str, outcome: str, found: Sequence[dict[str, Any]]) -> str:
     compared = [line["identical"] for line in found if line["identical"] is not None]
-    same = "" if not compared else "identical" if all(compared) else f"{compared.count(False)} of {len(compared)} DIFFER"
+    some = "" if len(compared) in (0, len(found)) else f" in the {len(compared)} compared"
+    same = "" if not compared else f"identical{some}" if all(compared) else f"{compared.count(False)} of {len(compared)} DIFFER"
     lost = [line["lost"] for line in found if line["lost"] is not None]
     steps = "" if not lost else f"{min(lost)} steps" if min(lost) == max(lost) else f"{min(lost)}-{max(lost)} steps"
     times = [_seconds([line[key] for line in found]) for key in ("detected", "recovered")]
@@ -170,7 +172,9 @@ def _seconds(values: Sequence[float | None]) -> str:
 def _measured(where: Sequence[tuple[str, str]], lines: Sequence[dict[str, Any]]) -> list[str]:
     days = sorted({time.strftime("%Y-%m-%d", time.gmtime(line["time"])) for line in lines})
     spread = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else "never"
-    return [f"Measured {spread}:", "", *(f"- {machine}; {versions}" for machine, versions in where)]
+    loads = sorted(line["load"] for line in lines if "load" in line)
+    busy = f", at a load average of {loads[0]} to {loads[-1]}" if loads else ""
+    return [f"Measured {spread}{busy}:", "", *(f"- {machine}; {versions}" for machine, versions in where)]
 
 
 def _made_by(sources: Sequence[str]) -> list[str]:

@@ -54,13 +54,16 @@ def test_a_fault_has_a_name_of_the_table() -> None:
 
 
 def test_the_table_says_worst_and_missing() -> None:
-    where = {"machine": "2 cores", "versions": "Python 3", "time": 0.0}
+    where = {"machine": "2 cores", "versions": "Python 3", "time": 0.0, "load": 1.5}
     rows = [Row("killed rank", 1.0, seconds, lost, "again", True, "a") for seconds, lost in ((5.0, 3), (7.0, 3), (30.0, 9))]
     rows.append(Row("bad node", 1.0, None, None, "left out", None, "b"))
     text = draw([{**vars(row), **where} for row in rows])
     assert "| 1.0 s (at most 1.0 s) | 7.0 s (at most 30.0 s) | 3-9 steps | again | identical | 3 |" in text
     assert "| bad node | a node fails the look before the start | 1.0 s |  |  | left out |  | 1 |" in text
     assert "| flipped bit | one bit of a checkpoint is another |  |  |  | not measured |  | 0 |" in text
+    assert "Measured 1970-01-01, at a load average of 1.5 to 1.5:" in text
+    rows.append(Row("killed rank", 1.0, 5.0, 3, "again"))
+    assert "identical in the 3 compared | 4 |" in draw([{**vars(row), **where} for row in rows])
     different = draw([{**vars(Row("killed rank", 1.0, 2.0, 0, "again", False)), **where}])
     assert "1 of 1 DIFFER" in different
 
