@@ -80,6 +80,7 @@ def _run(verb: str, tasks: Task | Mapping[str, Task]) -> None:
 
     task = tasks[command.subverb] if isinstance(tasks, Mapping) else tasks
     sweep = Sweep(verb, [text for text in files_and_flags(typed) if text not in ("-m", "--multirun")])
+    sweep.inspected = command.inspected
     failures = sweep.failures
 
     def job(composed: Any) -> Any:

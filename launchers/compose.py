@@ -62,6 +62,7 @@ class Command:
     config_name: str
     overrides: list[Override] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    inspected: dict[frozenset[str], Any] = field(default_factory=dict)  # overrides of a job -> its config, once `inspect` has run
 
     @property
     def argv(self) -> list[str]:
@@ -116,6 +117,7 @@ def inspect(command: Command, judge: Judge = examine) -> tuple[Any, list[Problem
     for job in override_lists(overrides):
         config, found = _inspect_job(command, loader, job, judge)
         configs += [config] if config is not None else []
+        command.inspected[task_words(job)] = config
         problems += [problem for problem in found if problem not in problems]
     if command.verb == "pretrain":
         problems += _shared_folders([config.train.run_dir for config in configs], overrides)
@@ -299,6 +301,11 @@ def _unknown_option(group: str, name: str, options: list[str]) -> Problem:
     hint = f"; did you mean {group}={guess}?" if guess else ""
     forms = "; or any layout, such as tp2_pp2_dp2_zero3" if group == "parallel" else ""
     return Problem(group, name, f"no such option{hint}", ", ".join(options) + forms, f"{group}={guess or fallback}")
+
+
+def task_words(overrides: Iterable[str]) -> frozenset[str]:
+    """Those that are not for Hydra itself."""
+    return frozenset(text for text in overrides if not text.lstrip("+~").startswith(("hydra.", "hydra/")))
 
 
 def override_lists(overrides: list[Override]) -> Iterable[list[str]]:
