@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megalm.parallel.heartbeat_file import Pulse, Slate
 from megalm.parallel.verdict import RankStatus
@@ -46,7 +47,8 @@ class Guard:
 
     def __init__(self) -> None:
         command, nowhere = ["/bin/sh", "-c", self._SCRIPT], subprocess.DEVNULL
-        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": nowhere, "stderr": nowhere}
+        self._shell = subprocess.Popen(command, env={}, start_new_session=True, **pipes)
 
     def add(self, group: int) -> None:
         """A process group to be ended."""

@@ -26,8 +26,10 @@ def on(layout: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     return {**{f"parallel.{key}": value for key, value in values.items()}, "cluster.num_processes": ranks, **(changes or {})}
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def workers_of(launcher: int) -> list[int]:
+    """Its children that are ranks; another is its guard."""
+    children = [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+    return [child for child in children if b"MEGALM_HEARTBEAT=" in Path(f"/proc/{child}/environ").read_bytes()]
 
 
 def steps_done(run_dir: str) -> int:
@@ -53,13 +55,13 @@ def test_a_killed_run_goes_on_to_the_last_bit(
     while steps_done(broken.train.run_dir) < target:
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.002)
-    workers = children(launcher.pid)
+    workers = workers_of(launcher.pid)
     assert len(workers) == 2
     os.kill(draw.choice(workers), signal.SIGKILL)
     start = time.monotonic()
-    _, message = launcher.communicate(timeout=60)
+    _, message = launcher.communicate(timeout=240)
     assert launcher.returncode == 1 and "killed by SIGKILL" in message and "Traceback" not in message
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60, "it is a matter of seconds, also on a busy machine"
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers), "nobody is left"
     done = steps_done(broken.train.run_dir)
     assert target <= done < 40, "it was killed on the way"
