@@ -20,7 +20,7 @@ def render(job: Job, submission: str, folder: Path | None = None, python: str = 
 
     submission: a name that the jobs of one chain share. folder: where the verb's relative paths begin, absolute.
     """
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in directives(job))]
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in directives(job, submission))]
     lines += ["", f"# megalm {job.verb} on {_nodes(job)}. To submit it again: sbatch {_comment(job.run_dir / SCRIPT)}"]
     lines += ["set -euo pipefail", "trap '' USR1 TERM # until the supervisor listens: neither may end this shell"]
     lines += [f"cd {shlex.quote(str(folder or Path.cwd()))}"]
@@ -31,11 +31,11 @@ def render(job: Job, submission: str, folder: Path | None = None, python: str = 
     return "\n".join(lines)
 
 
-def directives(job: Job) -> list[str]:
-    """The options of sbatch."""
+def directives(job: Job, submission: str = "") -> list[str]:
+    """The options of sbatch. The jobs of a chain have a name of their own: `singleton` makes jobs of one name wait for another."""
     s, tasks = job.slurm, tasks_per_node(job)
     options = {
-        "job-name": s.job_name,
+        "job-name": f"{s.job_name}-{submission}" if s.chain > 1 and submission else s.job_name,
         "nodes": s.nodes + s.spares,
         "ntasks-per-node": tasks,
         "gpus-per-node": s.gpus_per_node,

@@ -200,6 +200,8 @@ def test_a_chain(fake: Fake) -> None:
     done = submit(made)
     assert done.jobs == ["41"] * 3
     assert {"--no-requeue", "--dependency=singleton"} <= set(directives(made))
+    names = [line for text in (render(made, "a1"), render(made, "b2")) for line in text.splitlines() if "--job-name" in line]
+    assert names == ["#SBATCH --job-name=megalm-a1", "#SBATCH --job-name=megalm-b2"], "two chains do not wait for one another"
     assert len({call["argv"][-1] for call in fake.calls("sbatch")[2:]}) == 1, "one script: its jobs share a submission"
 
 
