@@ -32,7 +32,7 @@ def render(job: Job, submission: str, folder: Path | None = None, python: str = 
 
 
 def directives(job: Job, submission: str = "") -> list[str]:
-    """The options of sbatch. The jobs of a chain have a name of their own: `singleton` makes jobs of one name wait for another."""
+    """The options of sbatch. The jobs of a chain have a name of their own: `singleton` makes jobs of one name wait."""
     s, tasks = job.slurm, tasks_per_node(job)
     options = {
         "job-name": f"{s.job_name}-{submission}" if s.chain > 1 and submission else s.job_name,
