@@ -39,7 +39,7 @@ installed, project, conf = map(pathlib.Path, sys.argv[1:])
 listed = re.search(r"^packages = \[(.*?)\]", project.read_text(), re.DOTALL | re.MULTILINE)[1]
 packages = re.findall(r'"(.+?)"', listed)
 for package in packages:
-    found = pathlib.Path(importlib.import_module(package).__file__)
+    found = pathlib.Path(next(iter(importlib.import_module(package).__path__)))  # the plugins' has no __init__
     assert found.is_relative_to(installed), f"{package} comes from {found}, not from the wheel"
 shipped = {file.relative_to(installed / "megalm/conf") for file in (installed / "megalm/conf").rglob("*.yaml")}
 assert shipped == {file.relative_to(conf) for file in conf.rglob("*.yaml")}, "yaml files are missing from the wheel"
