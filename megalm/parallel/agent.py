@@ -217,7 +217,7 @@ def follow(squad: Squad, wire: Wire, stop: StopRequest) -> ExitCode:
     attempt, before, told, asked, ran = "", list[int | None](), 0.0, 0.0, time.monotonic()
     try:
         while True:
-            select.select([wire.socket], [], [], _POLL_SECONDS)
+            select.select([wire.socket] if wire.open else [], [], [], _POLL_SECONDS)
             now = time.monotonic()
             if now - ran > _GAP_SECONDS:
                 wire.heard += now - ran

@@ -28,6 +28,7 @@ PING_SECONDS = 1.0
 _PORT_SECONDS = 15.0
 _HELLO_BYTES = 4096  # a stranger is not listened to for longer
 _MOST_BYTES = 1 << 24
+_MOST_STRANGERS = 64  # at a time, beside the run's own nodes: a process has so many open files
 
 Message = dict[str, Any]
 
@@ -68,7 +69,7 @@ class Wire:
         *lines, self.buffer = self.buffer.split(b"\n")
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):
             messages = [None]
         if not all(isinstance(message, dict) for message in messages):
             self.close()
@@ -172,11 +173,11 @@ class Peers:
         """New connections, and those that have said who they are."""
         assert self.server is not None
         try:
-            while True:
+            while len(self.strangers) < self.num_nodes + _MOST_STRANGERS:
                 wire = Wire(self.server.accept()[0])
                 wire.limit = _HELLO_BYTES
                 self.strangers.append(wire)
-        except BlockingIOError:
+        except OSError:  # nobody more, or one that has gone already
             pass
         for wire in list(self.strangers):
             messages = wire.receive()
@@ -193,9 +194,11 @@ class Peers:
 
     def _knows(self, hello: Message) -> bool:
         """A node of this run, that is not here already."""
-        node = hello.get("node")
+        node, token = hello.get("node"), hello.get("hello")
         expected = isinstance(node, int) and 0 < node < self.num_nodes and node not in self.wires
-        return expected and hmac.compare_digest(str(hello.get("hello")).encode(), self.token.encode())
+        if not expected or not isinstance(token, str):
+            return False
+        return hmac.compare_digest(token.encode(errors="surrogatepass"), self.token.encode())
 
     def _note(self, node: int, message: Message) -> None:
         self.asked |= bool(message.get("asked"))

@@ -16,6 +16,7 @@ import pytest
 
 from megalm.errors import ConfigError, RunError
 from megalm.parallel import agent_link
+from megalm.parallel.agent import follow
 from megalm.parallel.agent_link import Peers, connect
 from megalm.parallel.signals import StopRequest
 from megalm.parallel.verdict import RankStatus
@@ -119,7 +120,10 @@ def test_a_node_with_another_token_is_not_let_in(nodes, tmp_path: Path) -> None:
     assert pids(tmp_path) == [] and agents[0].poll() is None
 
 
-STRANGE = [b"GET / HTTP/1.0\r\n\r\n", b"[]\n", b"x" * 10000, b'{"hello": "secret", "node": "1"}\n', b"{}\n"]
+STRANGE = [
+    b"GET / HTTP/1.0\r\n\r\n", b"[]\n", b"x" * 10000, b'{"hello": "secret", "node": "1"}\n', b"{}\n", b"[" * 4000 + b"\n",
+    b'{"hello": "\\ud800", "node": 1}\n', b'{"node": 1, "hello": ' + 900 * b"[" + 900 * b"]" + b"}\n",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("what", STRANGE)
@@ -140,6 +144,30 @@ def test_strangers_are_not_listened_to(what: bytes) -> None:
         wire.close()
     finally:
         peers.close()
+
+
+def test_many_strangers_do_not_use_up_the_open_files() -> None:
+    peers = Peers(2, "127.0.0.1", 0, "secret")
+    strangers = [socket.create_connection(("127.0.0.1", peers.port)) for _ in range(80)]
+    peers.look(0.05)
+    assert len(peers.strangers) == 66
+    for stranger in strangers:
+        stranger.close()
+    wire = connect("127.0.0.1", peers.port, 1, "n1", "secret", 5.0)
+    for _ in range(5):
+        peers.look(0.05)
+    assert peers.hosts == {1: "n1"} and peers.strangers == []
+    wire.close()
+    peers.close()
+
+
+def test_a_word_to_the_lead_that_fails_is_the_end_of_the_lead(squad) -> None:
+    peers = Peers(2, "127.0.0.1", 0, "secret")
+    wire = connect("127.0.0.1", peers.port, 1, "n1", "secret", 5.0)
+    wire.close()  # as Wire.send does
+    with pytest.raises(RunError, match="node 0's agent must give a sign of life"):
+        follow(squad("fine"), wire, StopRequest())
+    peers.close()
 
 
 def test_agents_that_do_not_arrive_are_named() -> None:
