@@ -7,11 +7,12 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from megalm.errors import ConfigError, Problem, RunError
+from megalm.errors import ConfigError, MegalmError, Problem, RunError
 
 _SECONDS = 60.0  # a busy controller may take long; one that is down has been given up by then
 LIVE = {
@@ -63,14 +64,19 @@ def insist(*command: str, times: int = 20, seconds: float = 15.0) -> Answer:
 
 
 def kill_seconds() -> float:
-    """Between TERM and KILL, as this cluster is set; 30 by default."""
-    found = re.search(r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config").out, re.MULTILINE)
-    return float(found[1]) if found else 30.0
+    """Between TERM and KILL, as this cluster is set; 30 by default, and where the controller does not tell."""
+    with suppress(MegalmError):
+        found = re.search(r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config", seconds=10.0).out, re.MULTILINE)
+        return float(found[1]) if found else 30.0
+    return 30.0
 
 
-def find_job(job_id: str) -> dict[str, str]:
-    """{field: value} of a job as scontrol, or where that has forgotten it sacct, knows it; empty where neither does."""
-    answer = ask("scontrol", "--oneliner", "show", "job", job_id)
+def find_job(job_id: str, asking: Callable[..., Answer] = ask) -> dict[str, str]:
+    """{field: value} of a job as scontrol, or where that has forgotten it sacct, knows it; empty where neither does.
+
+    asking: `ask`, or `insist`.
+    """
+    answer = asking("scontrol", "--oneliner", "show", "job", job_id)
     if answer.code == 0 and "JobState=" in answer.out:
         line = answer.out.splitlines()[0]
         return dict(re.findall(r"(?:^| )([A-Za-z/:_]+)=(\S*)", line))
@@ -82,9 +88,9 @@ def find_job(job_id: str) -> dict[str, str]:
     return {}
 
 
-def state_of(job_id: str) -> str:
+def state_of(job_id: str, asking: Callable[..., Answer] = ask) -> str:
     """RUNNING, PENDING ...; empty for a job that nobody knows any more."""
-    return find_job(job_id).get("JobState", "")
+    return find_job(job_id, asking).get("JobState", "")
 
 
 def was_cancelled(job: Mapping[str, str], restarts: int) -> bool:

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def supervise(verb: str, arguments: Sequence[str], submission: str, wishes: Wish
     with history.folder_lock(run_dir):
         mine = {here.key, here.job_id}
         held = history.jobs_of(run_dir)
-        history.check_holder(run_dir, sorted(mine), lambda other: client.state_of(other) in client.AT_WORK)
+        history.check_holder(run_dir, sorted(mine), lambda other: client.state_of(other, client.insist) in client.AT_WORK)
         past, code = history.take_up(run_dir, submission, here.key)
         if not mine & set(held):
             history.hold(run_dir, [here.key], os.environ.get("SLURM_SUBMIT_HOST", ""))
@@ -77,11 +78,9 @@ def supervise(verb: str, arguments: Sequence[str], submission: str, wishes: Wish
 
 def _note_lost_start(here: Here, run_dir: Path) -> None:
     """A supervisor that went with its node could not say so. SLURM knows when it put the job back: that is its SubmitTime."""
-    said = client.find_job(here.key).get("SubmitTime", "")
-    try:
-        when = datetime.fromisoformat(said).timestamp()
-    except ValueError:
-        when = time.time()
+    when = time.time()
+    with suppress(MegalmError, ValueError):
+        when = datetime.fromisoformat(client.find_job(here.key).get("SubmitTime", "")).timestamp()
     note(run_dir, "requeued", job=here.key, reason="by SLURM: the start before ended without a word", time=when)
 
 
@@ -148,17 +147,20 @@ def act(decision: Decision, job: Job, here: Here, past: history.History, submiss
         note(job.run_dir, "gave_up", job=here.key, reason=answer.error, code=int(decision.code))
         return decision.code
     note(job.run_dir, "requeued", job=here.key, reason=decision.reason, failures=decision.failures)
-    if enough:
-        _exclude(here, past.excluded, leave_out, job.run_dir)
-    elif leave_out:
-        say(f"{', '.join(leave_out)} cannot be left out: partition {here.partition} has too few other nodes; later again")
-        client.ask("scontrol", "update", f"JobId={here.key}", "StartTime=now+30")
+    with suppress(MegalmError):  # it is in the queue: that the controller does not answer now must not change the code
+        if enough:
+            _exclude(here, past.excluded, leave_out, job.run_dir)
+        elif leave_out:
+            say(f"{', '.join(leave_out)} cannot be left out: partition {here.partition} has too few other nodes; later again")
+            client.ask("scontrol", "update", f"JobId={here.key}", "StartTime=now+30")
     return decision.code
 
 
 def _is_enough(here: Here, excluded: Sequence[str], wanted: int) -> bool:
     """Whether the partition has so many nodes without these: otherwise the job would wait for ever."""
-    return len(client.usable_nodes(here.partition) - set(excluded)) >= wanted
+    with suppress(MegalmError):
+        return len(client.usable_nodes(here.partition) - set(excluded)) >= wanted
+    return False
 
 
 def _exclude(here: Here, excluded: Sequence[str], new: Sequence[str], run_dir: Path) -> None:

@@ -9,9 +9,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from megalm.errors import ExitCode
+from megalm.errors import ExitCode, MegalmError
 from megalm.launchers.slurm import client
 from megalm.launchers.slurm.decide import verdict
 from megalm.launchers.slurm.health import find_bad, read_reports
@@ -190,7 +191,8 @@ def _kill_step(here: Here) -> None:
     """After a rank has failed the others have nothing left to save, and SLURM would give them KillWait to do it."""
     step = next((note["step"] for note in read_notes(here.log_dir)), None)
     if step is not None:
-        client.ask("scancel", "--signal=KILL", f"{here.job_id}.{step}")
+        with suppress(MegalmError):  # else srun ends it, later
+            client.ask("scancel", "--signal=KILL", f"{here.key}.{step}", seconds=10.0)
 
 
 def _stall_seconds(job: Job) -> float:

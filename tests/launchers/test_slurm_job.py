@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from megalm.launchers.slurm import history
+from megalm.launchers.slurm import client, history, launch
+from megalm.launchers.slurm import job as supervisor
+from megalm.launchers.slurm.inside import Here
 from megalm.runfolder import read_events
 
 # Plays a step: `preflight` answers for the nodes in FAKE/nodes, `task` runs FAKE/ranks with the log folder as argument.
@@ -343,6 +345,43 @@ def test_where_requeue_is_off_the_code_says_how_it_went(play: Play) -> None:
     play.ranks("note(75, 75)")
     assert play.run("slurm.requeue=false")[0] == 75
     assert play.requeues() == 0
+
+
+class Silence:
+    """A controller that is down: its commands take longer than is waited for, but for the first ones of `said`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, said: dict[str, str] | None = None):
+        self.said, self.asked, self.up = said or {}, 0, False
+        monkeypatch.setattr(client.shutil, "which", str)
+        monkeypatch.setattr(client.subprocess, "run", self.run)
+        monkeypatch.setattr(client.time, "sleep", self.wait)
+
+    def run(self, command: tuple[str, ...], timeout: float, **_: Any) -> subprocess.CompletedProcess:
+        self.asked += 1
+        if not self.up:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 0, self.said.get(command[0], ""), "")
+
+    def wait(self, seconds: float) -> None:
+        self.up = seconds > 1.0
+
+
+def test_a_controller_that_does_not_answer_ends_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two starts and after a rank has died, each question has an answer to go by without it."""
+    silence = Silence(monkeypatch)
+    here = Here("7", "7", 0, ["n1", "n2"], "train", log_dir=tmp_path)
+    (tmp_path / "exit-0.json").write_text('{"code": 1, "step": "0"}')
+    launch._kill_step(here)
+    assert client.kill_seconds() == 30.0
+    assert not supervisor._is_enough(here, ["n1"], 2)
+    supervisor._note_lost_start(here, tmp_path)
+    assert next(read_events(tmp_path))["kind"] == "requeued"
+    assert silence.asked == 4
+
+
+def test_who_holds_the_folder_is_asked_until_there_is_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Silence(monkeypatch, {"scontrol": "JobId=6 JobState=RUNNING"})
+    assert client.state_of("6", client.insist) == "RUNNING"
 
 
 def test_a_bad_setting_ends_it_before_anything_starts(play: Play) -> None:
