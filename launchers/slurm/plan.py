@@ -118,7 +118,7 @@ def job_of(verb: str, arguments: list[str], config: RunConfig) -> Job:
     Raises ConfigError for a folder that cannot stand in a script.
     """
     run_dir = Path(config.parity.work_dir if isinstance(config, ParityRun) else config.train.run_dir).absolute()
-    _check_path(run_dir)
+    check_path(run_dir)
     ranks = 0 if isinstance(config, ParityRun) else _ranks_per_node(config)
     return Job(verb, arguments, config.slurm, run_dir, ranks, config, config.cluster)
 
@@ -146,7 +146,7 @@ def _read_other(verb: str, typed: list[str]) -> Job:
     if problems:
         raise ConfigError(*problems)
     run_dir = Path("runs", "slurm", verb).absolute()
-    _check_path(run_dir)
+    check_path(run_dir)
     return Job(verb, own, job.slurm, run_dir, 0)
 
 
@@ -162,11 +162,11 @@ def _one_node(verb: str, slurm: SlurmConfig) -> list[Problem]:
     return [Problem("slurm.nodes", slurm.nodes + slurm.spares, f"{verb} runs on one node", "1", "slurm.nodes=1 slurm.spares=0")]
 
 
-def _check_path(run_dir: Path) -> None:
-    """It stands in a line of the script that sbatch reads, where these characters mean something."""
-    if any(char in "\"'\\$`" or not char.isprintable() for char in str(run_dir)):
+def check_path(folder: Path, key: str = "train.run_dir") -> None:
+    """It stands in a line of the script that sbatch reads, where these characters mean something. Raises ConfigError."""
+    if any(char in "\"'\\$`" or not char.isprintable() for char in str(folder)):
         rule = "the folder of a job has no quotes, backslashes, $, ` and control characters in its path"
-        raise ConfigError(Problem("train.run_dir", str(run_dir), rule, "", "train.run_dir=runs/mine"))
+        raise ConfigError(Problem(key, str(folder), rule, "", f"{key}=runs/mine"))
 
 
 @contextmanager

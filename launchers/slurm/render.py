@@ -48,16 +48,16 @@ def directives(job: Job, submission: str = "") -> list[str]:
         "reservation": s.reservation,
         "exclude": s.exclude,
         "signal": f"B:USR1@{s.save_seconds}",
-        "output": f"{str(job.run_dir / LOGS).replace('%', '%%')}/slurm-%j.out",
+        "output": log_file(job.run_dir, "%j"),
         "open-mode": "append",
     }
-    lines = [f"--{name}={_quote(value)}" for name, value in options.items() if value]
+    lines = [f"--{name}={quote(value)}" for name, value in options.items() if value]
     lines += ["--requeue" if s.requeue else "--no-requeue"]
     if s.nodes + s.spares > 1:
         lines += ["--wait-all-nodes=1"]
     if s.chain > 1:
         lines += ["--dependency=singleton"]
-    return [*lines, *map(_quote, s.extra)]
+    return [*lines, *map(quote, s.extra)]
 
 
 def tasks_per_node(job: Job) -> int:
@@ -65,7 +65,12 @@ def tasks_per_node(job: Job) -> int:
     return job.ranks_per_node if job.slurm.launch == "rank" and job.ranks_per_node else 1
 
 
-def _quote(value: object) -> str:
+def log_file(run_dir: Path, job: str, point: str = "") -> str:
+    """As sbatch takes it. `job`, `point` of an array below its folder: what sbatch puts in, such as %j and %a."""
+    return "/".join([str(run_dir).replace("%", "%%"), *[point] * bool(point), LOGS, f"slurm-{job}.out"])
+
+
+def quote(value: object) -> str:
     """As sbatch reads a word of its lines: like a shell's, which double quotes hold together."""
     text = str(value)
     assert text.isprintable() and not set(text) & set("\"'\\$`"), f"a value that the rules should have refused: {text!r}"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megalm.errors import ConfigError, ExitCode, MegalmError, Problem, RunError, writing
 from megalm.launchers.slurm import client, history
-from megalm.launchers.slurm.plan import Job, job_of
-from megalm.launchers.slurm.render import LOGS, SCRIPT, directives
+from megalm.launchers.slurm.plan import Job, check_path, job_of
+from megalm.launchers.slurm.render import SCRIPT, directives, log_file, quote
 from megalm.launchers.slurm.submit import ask_whether, check_folder, new_submission, submit, write_script
 from megalm.launchers.sweep.point import Point, failure, unique
 
@@ -29,6 +29,8 @@ def submit_points(points: Sequence[Point], array_from: int, at_once: int) -> Non
     """
     waiting = [point for point in unique(points) if point.status == "waiting"]
     waiting = [point for point in waiting if not _has_job(point)]
+    if array_from and waiting:
+        check_path(_root(waiting[0]), "hydra.sweep.dir")
     jobs = _jobs(waiting)
     alike: dict[tuple[str, ...], list[Point]] = {}
     for point in waiting:
@@ -106,9 +108,8 @@ def _submit_array(points: list[Point], jobs: dict[int, Job], at_once: int) -> No
         write_script(jobs[point.number], new_submission())
     script = root / f"array-{points[0].number}.sh"
     numbers = ",".join(str(point.number) for point in points) + (f"%{at_once}" if at_once else "")
-    output = f"{str(root).replace('%', '%%')}/%a/{LOGS}/slurm-%A_%a.out"
     name = first.slurm.job_name.rpartition("-")[0]
-    lines = [f"--job-name={name}", f"--array={numbers}", f'--output="{output}"', *_wishes(first)]
+    lines = [f"--job-name={name}", f"--array={numbers}", f"--output={quote(log_file(root, '%A_%a', '%a'))}", *_wishes(first)]
     text = ["#!/bin/bash", *(f"#SBATCH {line}" for line in lines), ""]
     text += ["set -euo pipefail", f"exec bash {shlex.quote(str(root))}/\"$SLURM_ARRAY_TASK_ID\"/{SCRIPT}", ""]
     with writing(script):

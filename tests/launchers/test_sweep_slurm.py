@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from megalm.errors import ConfigError
 from megalm.launchers.slurm import history
+from megalm.launchers.slurm.plan import read_job
+from megalm.launchers.sweep.cluster import submit_points
+from megalm.launchers.sweep.point import Point
 from megalm.runfolder import Result, write_result
 
 FAKE = """#!{python}
@@ -115,13 +119,32 @@ def test_many_alike_are_an_array(run: Run, folder: Path, tmp_path: Path) -> None
     scripts = [Path(path) for path in submitted(folder)]
     assert [path.name for path in scripts] == ["array-0.sh"]  # minutes do not make another point: three in all
     text = scripts[0].read_text()
-    assert "#SBATCH --array=0,1,2%2\n" in text and f'#SBATCH --output="{tmp_path}/sweep/%a/logs/slurm-%A_%a.out"\n' in text
+    assert "#SBATCH --array=0,1,2%2\n" in text and f"#SBATCH --output={tmp_path}/sweep/%a/logs/slurm-%A_%a.out\n" in text
     (key,) = history.jobs_of(tmp_path / "sweep" / "1")
     assert key.endswith("_1")
     (tmp_path / "sweep" / "1" / "job.sh").write_text("echo this is point 1\n")
     environ = {**os.environ, "SLURM_ARRAY_TASK_ID": "1"}
     said = subprocess.run(["bash", str(scripts[0])], env=environ, capture_output=True, text=True, check=True)
     assert said.stdout == "this is point 1\n"
+
+
+@pytest.mark.parametrize("name", ["my 50% sweep", 'sw" --uid=0 --comment="x', "sw\n#SBATCH --uid=0"])
+def test_the_folder_of_an_array_brings_no_option(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the points' own folders are elsewhere, and harmless."""
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    config = read_job("pretrain", ["model=tiny", "cluster.device=cpu", f"train.run_dir={tmp_path}/run"]).config
+    points = [Point(number, [], tmp_path / "run", [], config, tmp_path / name / str(number)) for number in range(2)]
+    if "uid" in name:
+        with pytest.raises(ConfigError, match=r"hydra\.sweep\.dir(.|\n)*the folder of a job has no quotes"):
+            submit_points(points, array_from=2, at_once=0)
+        assert submitted(folder) == []
+        return
+    (tmp_path / name).mkdir()
+    submit_points(points, array_from=2, at_once=0)
+    text = Path(submitted(folder)[0]).read_text()
+    assert f'#SBATCH --output="{tmp_path}/my 50%% sweep/%a/logs/slurm-%A_%a.out"\n' in text
 
 
 def test_a_faulty_point_stops_all_before_any_is_submitted(run: Run, folder: Path, tmp_path: Path) -> None:
