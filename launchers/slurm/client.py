@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from megalm.errors import ConfigError, MegalmError, Problem, RunError
 
@@ -20,7 +21,11 @@ LIVE = {
     "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "PREEMPTED", "RESV_DEL_HOLD",
 }  # fmt: skip
 AT_WORK = LIVE - {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
-_SECRET = re.compile(r"(^|_)(KEY|APIKEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)|_AUTH$", re.IGNORECASE)
+_SECRET = re.compile(  # not PWD, TOKENIZERS_, NCCL_IB_PKEY, GIT_AUTHOR_, XAUTHORITY, SSH_AUTH_SOCK, SSH_ASKPASS
+    r"^(?!(OLD)?PWD$).*(TOKEN(?!IZER)|SECRET|CREDENTIAL|CONNECTION_STRING|(?<!ASK)PASS|PWD|(^|_)PAT(_|$)|"
+    r"(?<!_P)KEYS?(_|\d|$)|AUTH(?!OR_|ORITY|_SOCK$))",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,17 @@ def partitions() -> list[str]:
 
 def without_secrets(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """(the environment that sbatch may store, the names that were left out). SLURM keeps a job's environment on disk."""
-    secret = sorted(name for name in environ if _SECRET.search(name))
+    secret = sorted(name for name in environ if _SECRET.match(name))
     return {name: value for name, value in environ.items() if name not in secret}, secret
+
+
+def sbatch(script: Path, environ: Mapping[str, str]) -> str:
+    """Submits it; the job's number. Raises RunError."""
+    answer = ask("sbatch", "--parsable", str(script), environ=environ)
+    number = answer.out.strip().split(";")[0]
+    if answer.code or not number.isdigit():
+        raise RunError(Problem("sbatch", None, f"refused: {answer.error or answer.out.strip()}", "", f"sbatch {script}"))
+    return number
 
 
 def job_key(environ: Mapping[str, str] | None = None) -> str:

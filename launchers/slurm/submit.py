@@ -40,9 +40,7 @@ def submit_verb(verb: str, arguments: Sequence[str]) -> None:
     chain = f" and {len(done.jobs) - 1} more after it" if len(done.jobs) > 1 else ""
     nodes = f"{job.slurm.nodes} node{'s' * (job.slurm.nodes > 1)}"
     print(f"job {done.jobs[0]}{chain}: {verb} on {nodes}, ranks: {job.world_size}; {done.script}")
-    if done.kept_back:
-        said = "not handed to SLURM, which keeps environments on disk"
-        print(f"{said}: {', '.join(done.kept_back)} (wandb login, or a slurm.setup file of yours, gives the job its own)")
+    say_kept_back(done.kept_back)
     print(f"megalm slurm logs {job.run_dir} --follow")
 
 
@@ -61,15 +59,21 @@ def submit(job: Job, submission: str = "", ask: bool = True) -> Submitted:
             ask_whether(job, script, environ)
         jobs: list[str] = []
         for _ in range(max(1, job.slurm.chain)):
-            answer = client.ask("sbatch", "--parsable", str(script), environ=environ)
-            number = answer.out.strip().split(";")[0]
-            if answer.code or not number.isdigit():
+            try:
+                jobs.append(client.sbatch(script, environ))
+            except RunError:
                 if jobs:
                     client.ask("scancel", *jobs)
-                raise RunError(Problem("sbatch", None, f"refused: {answer.error or answer.out.strip()}", "", f"sbatch {script}"))
-            jobs.append(number)
+                raise
             history.hold(job.run_dir, jobs, socket.gethostname())
     return Submitted(jobs, script, secret)
+
+
+def say_kept_back(names: Sequence[str]) -> None:
+    """Of variables that were not handed over, if there are any."""
+    if names:
+        hint = "wandb login, or a slurm.setup file of yours, gives the job its own"
+        print(f"not handed to SLURM, which keeps environments on disk: {', '.join(names)} ({hint})", flush=True)
 
 
 def new_submission() -> str:

@@ -14,7 +14,7 @@ from megalm.errors import ConfigError, ExitCode, MegalmError, Problem, RunError,
 from megalm.launchers.slurm import client, history
 from megalm.launchers.slurm.plan import Job, check_path, job_of
 from megalm.launchers.slurm.render import SCRIPT, directives, log_file, quote
-from megalm.launchers.slurm.submit import ask_whether, check_folder, new_submission, submit, write_script
+from megalm.launchers.slurm.submit import ask_whether, check_folder, new_submission, say_kept_back, submit, write_script
 from megalm.launchers.sweep.point import Point, failure, unique
 
 _GREATEST = 1000  # index of an array, where the cluster's MaxArraySize is the usual one
@@ -51,8 +51,7 @@ def submit_points(points: Sequence[Point], array_from: int, at_once: int) -> Non
     for point in unique(points):
         _say(point)
     _, secret = client.without_secrets(os.environ)
-    if secret and any(point in waiting for point in points):
-        print(f"not handed to SLURM, which keeps environments on disk: {', '.join(secret)} (see slurm.setup)", flush=True)
+    say_kept_back(secret if waiting else [])
 
 
 def _say(point: Point) -> None:
@@ -116,10 +115,7 @@ def _submit_array(points: list[Point], jobs: dict[int, Job], at_once: int) -> No
         script.write_text("\n".join(text), encoding="utf-8")
     environ, _ = client.without_secrets(os.environ)
     ask_whether(first, script, environ)
-    answer = client.ask("sbatch", "--parsable", str(script), environ=environ)
-    number = answer.out.strip().split(";")[0]
-    if answer.code or not number.isdigit():
-        raise RunError(Problem("sbatch", None, f"refused: {answer.error or answer.out.strip()}", "", f"sbatch {script}"))
+    number = client.sbatch(script, environ)
     for point in points:
         key = f"{number}_{point.number}"
         history.hold(point.folder, [key], socket.gethostname())

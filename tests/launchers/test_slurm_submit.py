@@ -157,13 +157,24 @@ def test_submitting(fake: Fake, capsys: pytest.CaptureFixture) -> None:
     subprocess.run(["bash", "-n", script], check=True)
 
 
+SECRET = [
+    "WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "X_AUTH", "PGPASSWORD", "DOCKER_AUTH_CONFIG",
+    "GITLAB_PRIVATETOKEN", "MYSQL_PWD", "GITHUB_PAT", "SSHPASS", "RCLONE_CONFIG_PASS", "AZURE_STORAGE_CONNECTION_STRING",
+    "OPENAI_APIKEY", "GOOGLE_CREDENTIALS", "api_key_2",
+]  # fmt: skip
+HARMLESS = [
+    "KEYBOARD", "TOKENIZERS_PARALLELISM", "PWD", "OLDPWD", "PATH", "LD_LIBRARY_PATH", "NCCL_IB_PKEY", "SSH_AUTH_SOCK",
+    "SSH_ASKPASS", "GIT_AUTHOR_NAME", "XAUTHORITY",
+]  # fmt: skip
+
+
 def test_secrets_stay_here(fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    secrets = {name: f"s3cret-{name}" for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "X_AUTH")}
-    for name, value in {**secrets, "KEYBOARD": "de", "TOKENIZERS_PARALLELISM": "0"}.items():
-        monkeypatch.setenv(name, value)
+    secrets = {name: f"s3cret-{name}" for name in SECRET}
+    for name in (*secrets, *HARMLESS):
+        monkeypatch.setenv(name, secrets.get(name) or os.environ.get(name, "0"))
     submit_verb("pretrain", [*TINY, "train.run_dir=runs/a"])
     *_, call = fake.calls("sbatch")
-    assert not secrets.keys() & call["environ"].keys() and {"KEYBOARD", "TOKENIZERS_PARALLELISM"} <= call["environ"].keys()
+    assert not secrets.keys() & call["environ"].keys() and set(HARMLESS) <= call["environ"].keys()
     written = "".join(path.read_text() for path in Path("runs").rglob("*") if path.is_file())
     out = capsys.readouterr().out
     assert "s3cret" not in written + out
