@@ -1,7 +1,8 @@
 """What becomes of a job when its processes have ended: one table, without side effects.
 
 Only a start that fails without a new checkpoint counts towards giving up: a job that loses a node every hour and saves
-every ten minutes gets there. Neither does one count that was asked to stop (time limit, preemption) or found a bad node.
+every ten minutes gets there. Neither does one count that was asked to stop and has saved, was preempted or found a bad node.
+One that was stopped at its time limit and has saved nothing counts: the next one would get no further.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Start:
     code: int = ExitCode.FAILED  # the ranks' together, see `verdict`
     finished: bool = False  # the run has said so
     asked: bool = False  # to stop, by the time limit or by preemption
+    timed_out: bool = False  # it was the time limit
+    can_save: bool = True  # the verb goes on where it was stopped
     cancelled: bool = False  # by scancel
     progressed: bool = False  # a new checkpoint since it began
     bad_nodes: Sequence[str] = ()  # found before anything was started
@@ -61,11 +64,14 @@ def what_next(start: Start, failures: int, starts: int, max_failures: int, max_s
         return Decision(end, ExitCode.FINISHED, "finished")
     if start.cancelled:
         return Decision(end, start.code, "cancelled", failures)
-    if start.code == ExitCode.REFUSED:
+    if start.code == ExitCode.REFUSED and starts == 1 and not start.progressed:  # later it is a node that has changed
         return Decision(end, start.code, "refused: the same command would be refused again", failures)
     if start.code == ExitCode.HOPELESS:
         return Decision(end, start.code, "hopeless: the run would fail in the same way again", failures)
-    innocent = start.asked or start.code == ExitCode.SAVED or (bool(start.bad_nodes) and not start.all_bad)
+    in_vain = start.timed_out and not start.progressed and start.code != ExitCode.SAVED
+    if in_vain and not start.can_save:
+        return Decision(end, ExitCode.FAILED, "not done at the time limit, and it would begin anew: more slurm.minutes", failures)
+    innocent = (start.asked and not in_vain) or start.code == ExitCode.SAVED or (bool(start.bad_nodes) and not start.all_bad)
     failures = 0 if start.progressed else failures + (not innocent)
     if failures >= max_failures and not innocent:
         return Decision(end, ExitCode.FAILED, f"{failures} failed starts in a row without a new checkpoint", failures)
@@ -77,4 +83,7 @@ def what_next(start: Start, failures: int, starts: int, max_failures: int, max_s
         return Decision(again, ExitCode.SAVED, "asked to stop", failures)
     if not failures:
         return Decision(again, ExitCode.FAILED, "failed, after a new checkpoint", failures)
+    if in_vain:
+        reason = f"start {failures} of {max_failures} that has saved nothing by its time limit: slurm.minutes, train.save_every"
+        return Decision(again, ExitCode.FAILED, reason, failures)
     return Decision(again, ExitCode.FAILED, f"failed start {failures} of {max_failures} without a new checkpoint", failures)

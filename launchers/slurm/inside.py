@@ -16,6 +16,8 @@ from megalm.errors import ConfigError, ExitCode, Problem
 from megalm.launchers.slurm import client
 from megalm.runfolder import note_event
 
+_EARLY_SECONDS = 90.0  # SLURM sends a signal up to a minute before it is due; and the job had begun before the supervisor
+
 
 class Wishes:
     """Signals that have come: noted here, acted on in the loop that waits for srun."""
@@ -23,6 +25,7 @@ class Wishes:
     def __init__(self) -> None:
         self.save = 0.0  # when the first USR1 came, by the monotonic clock; 0: none did
         self.end = 0.0  # when the first TERM came
+        self.began = time.monotonic()
         signal.signal(signal.SIGUSR1, self._note)
         signal.signal(signal.SIGTERM, self._note)
 
@@ -35,6 +38,16 @@ class Wishes:
     @property
     def any(self) -> bool:
         return bool(self.save or self.end)
+
+    def is_time_limit(self, seconds: float, early: float) -> bool:
+        """Whether the first one came at the end of the job's time, and not by preemption.
+
+        seconds: of the job in all, where an older SLURM does not say when it ends. early: so long before it USR1 is sent.
+        """
+        said = os.environ.get("SLURM_JOB_END_TIME", "")
+        end = time.monotonic() + float(said) - time.time() if said.isdigit() else self.began + seconds
+        first = min((when for when in (self.save, self.end) if when), default=0.0)
+        return first > end - early - _EARLY_SECONDS
 
 
 @dataclass

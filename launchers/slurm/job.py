@@ -111,7 +111,9 @@ def run_once(job: Job, here: Here, wishes: Wishes) -> Start:
     code = run_step(job, here, chosen, wishes)
     said = first_error(here.log_dir) if code not in (ExitCode.FINISHED, ExitCode.SAVED) else ""
     say(f"the ranks have ended: {name_of(code)}" + (f"; {said}" if said else ""))
-    return Start(code, asked=wishes.any, cancelled=_is_cancelled(here, wishes))
+    timed_out = wishes.any and wishes.is_time_limit(60.0 * job.slurm.minutes, job.slurm.save_seconds)
+    cancelled = _is_cancelled(here, wishes)
+    return Start(code, asked=wishes.any, timed_out=timed_out, can_save=bool(job.ranks_per_node), cancelled=cancelled)
 
 
 def _is_cancelled(here: Here, wishes: Wishes) -> bool:

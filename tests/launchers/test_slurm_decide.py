@@ -42,7 +42,13 @@ def test_one_code_for_all_ranks(codes: list[int], together: int) -> None:
         (Start(FAILED, finished=True), 2, 1, END, 0, 0),  # the last step is done, and then a rank died
         (Start(SAVED, asked=True), 2, 1, AGAIN, SAVED, 2),
         (Start(SAVED, asked=True, progressed=True), 2, 1, AGAIN, SAVED, 0),
-        (Start(FAILED, asked=True), 2, 1, AGAIN, SAVED, 2),  # not saved in time: not the run's fault
+        (Start(FAILED, asked=True), 2, 1, AGAIN, SAVED, 2),  # preempted, and not saved in time: not the run's fault
+        (Start(FAILED, asked=True, timed_out=True), 1, 2, AGAIN, FAILED, 2),  # the next one would get no further
+        (Start(FAILED, asked=True, timed_out=True), 2, 3, END, FAILED, 3),
+        (Start(FAILED, asked=True, timed_out=True, progressed=True), 2, 3, AGAIN, SAVED, 0),
+        (Start(SAVED, asked=True, timed_out=True), 2, 3, AGAIN, SAVED, 2),
+        (Start(FAILED, asked=True, timed_out=True, can_save=False), 0, 1, END, FAILED, 0),
+        (Start(FAILED, asked=True, can_save=False), 0, 1, AGAIN, SAVED, 0),
         (Start(SAVED), 2, 1, AGAIN, SAVED, 2),
         (Start(SAVED, asked=True, cancelled=True), 0, 1, END, SAVED, 0),
         (Start(FAILED), 0, 1, AGAIN, FAILED, 1),
@@ -50,6 +56,9 @@ def test_one_code_for_all_ranks(codes: list[int], together: int) -> None:
         (Start(FAILED), 2, 3, END, FAILED, 3),  # the third in a row
         (Start(FAILED, progressed=True), 2, 3, AGAIN, FAILED, 0),  # it had saved: a new row begins
         (Start(REFUSED), 0, 1, END, REFUSED, 0),
+        (Start(REFUSED, progressed=True), 0, 1, AGAIN, FAILED, 0),  # it was good enough to train with
+        (Start(REFUSED), 0, 5, AGAIN, FAILED, 1),  # a disk that is not mounted, a GPU that is gone
+        (Start(REFUSED), 2, 7, END, FAILED, 3),
         (Start(HOPELESS, asked=True), 0, 1, END, HOPELESS, 0),
         (Start(bad_nodes=("n2",)), 2, 3, AGAIN, FAILED, 2),  # the node's fault
         (Start(bad_nodes=("n1", "n2"), all_bad=True), 2, 3, END, FAILED, 3),  # not the nodes' fault

@@ -62,6 +62,7 @@ class Play:
 
     def __init__(self, folder: Path):
         self.folder, self.run_dir = folder, folder / "run"
+        self.environ: dict[str, str] = {}
         sinfo = "#!/bin/sh\nprintf 'n1 idle\\nn2 mix\\nn3 idle\\n'\n"
         for name, text in {"srun": SRUN, "scontrol": SCONTROL, "sinfo": sinfo, "scancel": "#!/bin/sh\n"}.items():
             (folder / name).write_text(text.format(python=sys.executable, folder=str(folder)))
@@ -88,7 +89,7 @@ class Play:
         if restart:
             environ["SLURM_RESTART_COUNT"] = str(restart)
         settings = ["model=tiny", "parallel=tp2", "slurm.launch=rank", "cluster.device=cpu", f"train.run_dir={self.run_dir}"]
-        environ |= {"SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": sys.executable}
+        environ |= {"SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": sys.executable, **self.environ}
         words = [*command, "pretrain", *settings, *arguments]
         return subprocess.Popen(words, env=environ, cwd=self.folder, stdout=stdout, stderr=subprocess.STDOUT, text=True)
 
@@ -220,6 +221,15 @@ def test_a_supervisor_that_went_with_its_node_is_told_of_by_the_next(play: Play)
     assert history.read_history(play.run_dir, "s").starts == 2
 
 
+def test_what_was_accepted_once_is_not_refused_for_good(play: Play) -> None:
+    """A file system that one node has not mounted: the second start may well find it, on other nodes."""
+    play.ranks("note(1, 1)\nsys.exit(1)")
+    play.run()
+    play.ranks("note(2, 2)\nsys.exit(2)")
+    assert (play.run(restart=1)[0], play.requeues()) == (1, 2)
+    assert history.read_history(play.run_dir, "s").failures == 2
+
+
 def test_a_log_without_room_changes_nothing(play: Play) -> None:
     """The disk that the job's log lies on is full."""
     play.ranks("note(75, 75)")
@@ -248,6 +258,21 @@ def test_the_wish_to_stop_reaches_the_ranks(number: int, play: Play) -> None:
     out, _ = process.communicate(timeout=30)
     assert (process.returncode, play.requeues()) == (75, 1), out
     assert history.read_history(play.run_dir, "s").failures == 0
+
+
+@pytest.mark.parametrize(("minutes", "failures", "end"), [(1, 1, ""), (60, 0, ""), (60, 1, "now")])
+def test_a_start_that_saves_nothing_by_its_time_limit_counts(minutes: int, failures: int, end: str, play: Play) -> None:
+    """One that was preempted before it could save does not. Newer SLURMs say when the job's time is over."""
+    play.ranks("print('up', flush=True)\ntime.sleep(60)")
+    play.environ = {"SLURM_JOB_END_TIME": str(int(time.time()))} if end else {}
+    process = play.start(f"slurm.minutes={minutes}", "slurm.save_seconds=10")
+    assert process.stdout is not None
+    while "up" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=60)
+    assert (play.requeues(), history.read_history(play.run_dir, "s").failures) == (1, failures), out
+    assert ("saved nothing by its time limit" in out) is bool(failures)
 
 
 RAN = "StartTime=2026-01-01T10:00:00 TimeLimit=1-01:00:00 EndTime="
