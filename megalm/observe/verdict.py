@@ -70,15 +70,17 @@ def judge(run: Run, now: float, alive: bool | None) -> Verdict:
     if kind == "pruned":
         return Verdict("pruned", f"given up by the search, at step {run.step:,}", ExitCode.FINISHED)
     if kind == "gave_up":
-        cancelled = event.get("code") == ExitCode.SAVED
-        code = ExitCode.SAVED if cancelled else ExitCode.HOPELESS
-        return Verdict("stopped" if cancelled else "gave up", told(event) or "no more restarts", code)
+        saved = event.get("code") == ExitCode.SAVED
+        if saved or event.get("cancelled"):
+            return Verdict("stopped", told(event), ExitCode.SAVED if saved else ExitCode.FAILED)
+        return Verdict("gave up", told(event) or "no more restarts", ExitCode.HOPELESS)
     if kind == "requeued":
         return Verdict("waiting", "in the queue; it goes on from its last checkpoint", ExitCode.SAVED)
     if kind in ("failed", "stalled"):
         return Verdict("failed", told(event) or "without a reason", ExitCode.FAILED)
     if kind == "stopping" and (alive is False or silent is None or silent > patience):  # it cannot save any more
-        if run.progress.get("saved_step", 0) >= (number(event.get("step")) or 0):
+        asked = number(event.get("step"))  # that of a job's supervisor knows no step: the last one that was done counts
+        if run.progress.get("saved_step", 0) >= (run.step if asked is None else asked):
             return Verdict("stopped", "as asked, everything is saved; the same command goes on from there", ExitCode.SAVED)
         return Verdict("failed", "it ended before it had saved", ExitCode.FAILED)
     if gone:

@@ -87,7 +87,7 @@ def size(value: float) -> str:
 def told(event: dict[str, Any]) -> str:
     """What an event says besides its time and kind, as one line: the sentence first, then names and values."""
     first = [clean(event[key]) for key in ("reason", "message") if event.get(key)]
-    skipped = {"time", "kind", "reason", "message", "pid", "reached"}
+    skipped = {"time", "kind", "reason", "message", "pid", "reached", "cancelled"}
     others = {key: value for key, value in event.items() if key not in skipped and value not in (None, "")}
     rest = [f"{clean(key, 40)} {_joined(value)}" for key, value in others.items()]
     return "; ".join([*first, ", ".join(rest)] if rest else first)

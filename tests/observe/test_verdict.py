@@ -65,10 +65,20 @@ def test_the_reason_is_told() -> None:
     assert judge(run, NOW, None).why == "rank died; step 50, host n7"
 
 
+@pytest.mark.parametrize(("saved", "state"), [(50, "stopped"), (40, "failed"), (0, "failed")])
+def test_a_jobs_supervisor_asks_without_knowing_the_step(saved: int, state: str) -> None:
+    run = run_of("started", "stopping", saved=saved, silent=61)
+    del run.events[-1]["step"]
+    assert judge(run, NOW, False).state == state
+
+
 def test_a_job_that_was_cancelled_or_pruned() -> None:
     run = run_of("started", "gave_up")
     run.events[-1]["code"] = 75
     assert (judge(run, NOW, None).state, judge(run, NOW, None).code) == ("stopped", 75)
+    run.events[-1] |= {"code": 1, "cancelled": True, "reason": "cancelled"}
+    assert (judge(run, NOW, None).state, judge(run, NOW, None).code) == ("stopped", 1), "not all is saved"
+    assert judge(run, NOW, None).why == "cancelled; step 50, code 1"
     said = judge(run_of("started", "pruned", silent=9999), NOW, False)
     assert (said.state, said.why, said.code) == ("pruned", "given up by the search, at step 50", 0) and said.is_over
     assert judge(run_of("started", "pruned", "started"), NOW, None).state == "running", "somebody trains it on"
