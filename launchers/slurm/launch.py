@@ -44,11 +44,11 @@ def look_at_nodes(job: Job, here: Here, wishes: Wishes) -> dict[str, str]:
 
 
 def _look(job: Job, here: Here, nodes: Sequence[str], wishes: Wishes) -> list[str]:
-    """What the nodes' reports and srun have printed."""
+    """What the nodes' reports and srun have printed. Never in a container: unpacking its image takes minutes the first time."""
     gpus = job.slurm.gpus_per_node if job.cluster.device != "cpu" else 0
-    look = ["-m", "megalm.launchers.slurm.preflight", f"--nodes={','.join(nodes)}", f"--port={here.port(1)}"]
+    look = [sys.executable, "-m", "megalm.launchers.slurm.preflight", f"--nodes={','.join(nodes)}", f"--port={here.port(1)}"]
     look += [f"--gpus={gpus}", f"--run-dir={job.run_dir}"]
-    command = [*srun(job, nodes, 1, ["--kill-on-bad-exit=0", "--wait=0"]), *in_container(job, [python_of(job), *look])]
+    command = [*srun(nodes, 1, ["--kill-on-bad-exit=0", "--wait=0"]), *look]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
         process = subprocess.Popen(
             command, env=_environment(job, here), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
@@ -80,9 +80,9 @@ def run_step(job: Job, here: Here, nodes: Sequence[str], wishes: Wishes) -> int:
     options = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append", f"--output={_escaped(here.log_dir)}/node-%n.log"]
     given: dict[str, object] = {"head": nodes[0], "port": here.port(0), "nodes": ",".join(nodes), "ranks": job.ranks_per_node}
     given["log-dir"] = here.log_dir
-    task = [python_of(job), "-m", "megalm.launchers.slurm.task", mode, *(f"--{key}={value}" for key, value in given.items())]
-    task = in_container(job, in_setup(job, [*task, "--", job.verb, *job.arguments]))
-    command = [*srun(job, nodes, tasks, options), *task]
+    python = "python" if job.slurm.container else sys.executable
+    task = [python, "-m", "megalm.launchers.slurm.task", mode, *(f"--{key}={value}" for key, value in given.items())]
+    command = [*srun(nodes, tasks, options), *in_container(job, in_setup(job, [*task, "--", job.verb, *job.arguments]))]
     say(f"starting {len(nodes) * tasks} task{'s' if len(nodes) * tasks > 1 else ''} ({mode}); logs in {here.log_dir}")
     process = subprocess.Popen(command, env=_environment(job, here), stdin=subprocess.DEVNULL)
     stalled = _wait(process, job, here, wishes)
@@ -93,31 +93,25 @@ def run_step(job: Job, here: Here, nodes: Sequence[str], wishes: Wishes) -> int:
     return ExitCode.FAILED if stalled else verdict(codes)
 
 
-def srun(job: Job, nodes: Sequence[str], tasks_per_node: int, options: Sequence[str]) -> list[str]:
+def srun(nodes: Sequence[str], tasks_per_node: int, options: Sequence[str]) -> list[str]:
     """srun and its options, up to the command."""
     count = len(nodes)
     words = ["srun", f"--nodes={count}", f"--ntasks={count * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}"]
     words += [f"--nodelist={','.join(nodes)}", "--export=ALL", "--distribution=block", *options]
     if int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) < tasks_per_node:
         words += ["--overcommit"]
-    if job.slurm.container and job.slurm.container_tool == "pyxis":
-        words += [f"--container-image={job.slurm.container}"]
-        words += [f"--container-mounts={job.slurm.container_mounts}"] if job.slurm.container_mounts else []
     return words
 
 
-def python_of(job: Job) -> str:
-    """That of this process, or the image's own."""
-    return "python" if job.slurm.container else sys.executable
-
-
 def in_container(job: Job, command: list[str]) -> list[str]:
-    """The command as apptainer runs it, which hands signals on; pyxis is an option of srun."""
-    if not job.slurm.container or job.slurm.container_tool == "pyxis":
+    """The end of srun's command line: pyxis adds options to srun, apptainer runs the command and hands signals on."""
+    image, mounts = job.slurm.container, job.slurm.container_mounts
+    if not image:
         return command
-    mounts = [f"--bind={job.slurm.container_mounts}"] if job.slurm.container_mounts else []
+    if job.slurm.container_tool == "pyxis":
+        return [f"--container-image={image}", *([f"--container-mounts={mounts}"] if mounts else []), *command]
     gpus = ["--nv"] if job.slurm.gpus_per_node and job.cluster.device != "cpu" else []
-    return ["apptainer", "exec", *gpus, *mounts, job.slurm.container, *command]
+    return ["apptainer", "exec", *gpus, *([f"--bind={mounts}"] if mounts else []), image, *command]
 
 
 def in_setup(job: Job, command: list[str]) -> list[str]:
