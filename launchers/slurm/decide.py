@@ -45,6 +45,7 @@ class Decision:
     reason: str
     failures: int = 0  # in a row without a new checkpoint, this start included
     exclude: Sequence[str] = field(default_factory=tuple)
+    cancelled: bool = False  # it is the user who ends the job
 
 
 def verdict(codes: Sequence[int]) -> int:
@@ -63,7 +64,7 @@ def what_next(start: Start, failures: int, starts: int, max_failures: int, max_s
     if start.finished or start.code == ExitCode.FINISHED:
         return Decision(end, ExitCode.FINISHED, "finished")
     if start.cancelled:
-        return Decision(end, start.code, "cancelled", failures)
+        return Decision(end, start.code, "cancelled", failures, cancelled=True)
     if start.code == ExitCode.REFUSED and starts == 1 and not start.progressed:  # later it is a node that has changed
         return Decision(end, start.code, "refused: the same command would be refused again", failures)
     if start.code == ExitCode.HOPELESS:

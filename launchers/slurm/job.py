@@ -131,7 +131,8 @@ def act(decision: Decision, job: Job, here: Here, past: history.History, submiss
     say(f"{decision.reason}: {'again' if decision.action is Action.AGAIN else 'the job ends'}")
     if decision.action is Action.END:
         if decision.code not in (ExitCode.FINISHED,):
-            note(job.run_dir, "gave_up", job=here.key, reason=decision.reason, code=int(decision.code))
+            how = {"reason": decision.reason, "code": int(decision.code), "cancelled": decision.cancelled}
+            note(job.run_dir, "gave_up", job=here.key, **how)
         return decision.code
     if not job.slurm.requeue:
         say("slurm.requeue=false: the next job of the chain goes on, or the same command submitted again")

@@ -24,10 +24,10 @@ import sys
 import tempfile
 import time
 from collections.abc import MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megalm.errors import ExitCode
-from megalm.parallel.heartbeat_file import make_file
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
@@ -47,17 +47,13 @@ def main() -> None:
     if options.mode == "rank":
         environ |= {"RANK": str(task), "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"], "LOCAL_RANK": environ["SLURM_LOCALID"]}
         environ |= {"MASTER_ADDR": options.head, "MASTER_PORT": str(options.port), "MEGALM_LAUNCHER": options.log_dir}
-        # nobody watches it here, but with it a rank writes its stacks when USR2 asks for them
-        beats = Path(own_folder("heartbeats"))
-        beats.mkdir(parents=True, exist_ok=True)
-        environ["MEGALM_HEARTBEAT"] = str(beats / f"{environ['SLURM_JOB_ID']}-{task}")
-        make_file(Path(environ["MEGALM_HEARTBEAT"]))
     own_log = Path(options.log_dir, f"rank-{task}.log") if options.mode == "rank" and task else None  # rank 0: the console
     code = start(command(options, node, verb), environ, own_log)
-    if "MEGALM_HEARTBEAT" in environ:
-        Path(environ["MEGALM_HEARTBEAT"]).unlink(missing_ok=True)
     note = {"task": task, "host": socket.gethostname(), "code": code, "time": time.time(), "step": environ["SLURM_STEP_ID"]}
-    Path(options.log_dir, f"exit-{task}.json").write_text(json.dumps(note) + "\n", encoding="utf-8")
+    path = Path(options.log_dir, f"exit-{task}.json")
+    with suppress(OSError):  # on a full disk the code alone must do: a failure here would end the others while they save
+        path.with_suffix(".tmp").write_text(json.dumps(note) + "\n", encoding="utf-8")
+        path.with_suffix(".tmp").replace(path)
     sys.exit(0 if code == ExitCode.SAVED else code if code >= 0 else 128 - code)
 
 

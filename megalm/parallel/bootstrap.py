@@ -38,7 +38,7 @@ class Place:
     port: int
     attempt: str
     store_is_served: bool  # another process (torchrun's agent) serves the store
-    port_was_free: bool = False  # our agent has chosen it for this start, and chooses another for the next
+    port_was_free: bool = False  # our launcher has chosen it for this start, and chooses another for the next
 
 
 def find_place(environ: dict[str, str]) -> Place:
@@ -53,7 +53,7 @@ def find_place(environ: dict[str, str]) -> Place:
             what = f"{rule}; missing: {', '.join(missing)}"
             raise ConfigError(Problem("RANK", environ["RANK"], what, "", "unset RANK, or use torchrun"))
         rank, world, local = (int(environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        chosen = "MEGALM_HEARTBEAT" in environ and "MEGALM_ATTEMPT" in environ
+        chosen = "MEGALM_LAUNCHER" in environ and "MEGALM_ATTEMPT" in environ
         return Place(rank, world, local, environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), attempt, served, chosen)
     if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         rank, world, local = (int(environ[k]) for k in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))

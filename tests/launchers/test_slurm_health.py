@@ -149,11 +149,16 @@ def test_nobody_else_can_write_where_kernels_are_kept(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(("ending", "code", "srun_code"), [("75", 75, 0), ("3", 3, 3), ("0", 0, 0)])
-def test_a_task_passes_signals_on_and_notes_the_end(tmp_path: Path, ending: str, code: int, srun_code: int) -> None:
-    """The program gets USR1 although only its parent was signalled; 75 becomes 0 for srun."""
+@pytest.mark.parametrize("full", [False, True])
+def test_a_task_passes_signals_on_and_notes_the_end(full: bool, ending: str, code: int, srun_code: int, tmp_path: Path) -> None:
+    """The program gets USR1 although only its parent was signalled; 75 becomes 0 for srun, on a full disk too."""
+    (tmp_path / "logs").mkdir()
+    if full:
+        (tmp_path / "logs/exit-0.tmp").symlink_to("/dev/full")
     package = tmp_path / "fake.py"
     package.write_text(
         "import signal, sys, os\n"
+        "assert 'MEGALM_HEARTBEAT' not in os.environ, 'no agent is there, which would note why it failed'\n"
         f"signal.signal(signal.SIGUSR1, lambda *_: os._exit({ending}))\n"
         "open('ready', 'w').close()\nsignal.pause()\n"
     )
@@ -163,7 +168,7 @@ def test_a_task_passes_signals_on_and_notes_the_end(tmp_path: Path, ending: str,
         "task.main()\n"
     )
     environ = {**os.environ, "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}
-    words = ["rank", "--head=h", "--port=1", "--nodes=h", "--ranks=1", f"--log-dir={tmp_path}", "--", "pretrain"]
+    words = ["rank", "--head=h", "--port=1", "--nodes=h", "--ranks=1", f"--log-dir={tmp_path}/logs", "--", "pretrain"]
     environ |= {"SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
     process = subprocess.Popen([sys.executable, "-c", code_text, *words], env=environ, cwd=tmp_path)
     end = time.monotonic() + 20
@@ -171,4 +176,4 @@ def test_a_task_passes_signals_on_and_notes_the_end(tmp_path: Path, ending: str,
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == srun_code
-    assert f'"code": {code}' in (tmp_path / "exit-0.json").read_text()
+    assert full or f'"code": {code}' in (tmp_path / "logs/exit-0.json").read_text()
