@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -68,13 +69,17 @@ def _verb(arguments: Sequence[str], subverb: str) -> tuple[str, list[str]]:
 
 
 def _jobs(target: str) -> list[str]:
-    """The jobs that a run's folder or a number names."""
-    if target.split("_")[0].isdigit():
+    """The jobs that a run's folder or a number names. A folder wins: a sweep's points are folders 0, 1, 2 ..."""
+    if _is_number(target):
         return [target]
     jobs = history.jobs_of(Path(target))
     if not jobs:
         raise ConfigError(Problem("RUN", target, "no job has been submitted for this folder", "", "megalm slurm status"))
     return jobs
+
+
+def _is_number(target: str) -> bool:
+    return re.fullmatch(r"\d+(_\d+)?", target) is not None and not Path(target).is_dir()
 
 
 def _one(arguments: Sequence[str], subverb: str) -> str:
@@ -106,6 +111,7 @@ def _status(arguments: Sequence[str]) -> None:
 
 def _cancel(arguments: Sequence[str]) -> None:
     jobs = _jobs(_one(arguments, "cancel"))
+    jobs = [job for job in jobs if client.state_of(job) in client.LIVE] or jobs  # of one it has forgotten scancel fails
     answer = client.ask("scancel", *jobs)
     if answer.code:
         raise ConfigError(Problem("JOB", ", ".join(jobs), f"scancel: {answer.error}", "", "megalm slurm status"))
@@ -116,7 +122,7 @@ def _logs(arguments: Sequence[str]) -> None:
     """The job's own log and rank 0's; --follow waits for more until the job has ended."""
     target = _one(arguments, "logs")
     jobs = _jobs(target)
-    folder = Path(target) / "logs" if not target.split("_")[0].isdigit() else _log_folder(target)
+    folder = _log_folder(target) if _is_number(target) else Path(target) / "logs"
     shown: dict[Path, int] = {}
     while True:
         alive = "--follow" in arguments and any(client.state_of(job) in client.LIVE for job in jobs)

@@ -5,6 +5,8 @@ The settings are checked as they will be in the job, not as on the machine that 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from megalm.config.knobs import section
 from megalm.config.run import ROOTS, ParityRun, RunConfig
 from megalm.errors import ConfigError, Problem
 
+_READERS = ("status", "report", "sweep")
 _HERE = ("cluster=slurm", "cluster.name=slurm")  # said to whoever submits, not to the ranks
 
 
@@ -43,6 +46,10 @@ class Job:
     config: Any = None  # of the verb
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
+    def __post_init__(self) -> None:
+        if self.slurm.setup:  # as the shell of whoever submits means it; within quotes bash expands no ~
+            self.slurm.setup = str(Path(self.slurm.setup).expanduser().absolute())
+
     @property
     def world_size(self) -> int:
         """Ranks in all, 1 where the verb has none."""
@@ -60,9 +67,9 @@ def read_job(verb: str, arguments: Sequence[str], nodes: int = 0, gpus: int | No
 
     Raises ConfigError with all problems.
     """
-    if verb not in ROOTS:
-        rule = "no such verb"
-        raise ConfigError(Problem("megalm slurm", verb, rule, ", ".join(ROOTS), "megalm slurm submit pretrain"))
+    if verb not in ROOTS or verb in _READERS:
+        rule, allowed = "no such verb, or one that only reads files", ", ".join(name for name in ROOTS if name not in _READERS)
+        raise ConfigError(Problem("megalm slurm", verb, rule, allowed, "megalm slurm submit pretrain"))
     if {"-m", "--multirun"} & set(arguments):
         rule = "one job is one run; a sweep submits its own jobs"
         raise ConfigError(Problem("--multirun", None, rule, "", f"megalm {verb} -m hydra/launcher=megalm_slurm ..."))
@@ -136,7 +143,10 @@ def _read_other(verb: str, typed: list[str]) -> Job:
         if text.startswith(known):
             key, _, value = text.partition("=")
             group, _, name = key.partition(".")
-            raw.setdefault(group, {})[name] = yaml.safe_load(value)
+            try:
+                raw.setdefault(group, {})[name] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ConfigError(Problem(key, value, "the value cannot be read", "", f"{key}='\"...\"'")) from error
     job, problems = read(JobConfig, raw)
     with as_in_job(0, job.slurm.gpus_per_node):
         _, found = inspect(parse(verb, own))
@@ -145,7 +155,8 @@ def _read_other(verb: str, typed: list[str]) -> Job:
     problems += found + _one_node(verb, job.slurm)
     if problems:
         raise ConfigError(*problems)
-    run_dir = Path("runs", "slurm", verb).absolute()
+    digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]  # jobs that do different things do not share a folder
+    run_dir = Path("runs", "slurm", f"{verb}-{digest}").absolute()
     check_path(run_dir)
     return Job(verb, own, job.slurm, run_dir, 0)
 

@@ -94,7 +94,7 @@ def write_script(job: Job, submission: str) -> Path:
 def check_folder(job: Job) -> None:
     """The files that the job needs are there, and its folder is not that of another model. Raises ConfigError."""
     problems = []
-    if job.slurm.setup and not Path(job.slurm.setup).expanduser().is_file():
+    if job.slurm.setup and not Path(job.slurm.setup).is_file():
         rule = "no such file; the nodes read it, so it lies on a disk that they share"
         problems.append(Problem("slurm.setup", job.slurm.setup, rule, "", "slurm.setup="))
     problems += _no_room(job.run_dir)

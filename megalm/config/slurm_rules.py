@@ -10,7 +10,7 @@ from megalm.config.fixes import Rule, needs, value_of
 from megalm.config.run import RunConfig
 
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:=+@-]*")
-_WORDS = {  # key: (what a legal value looks like, in words)
+WORDS = {  # key: (what a legal value looks like, in words)
     "job_name": (_WORD, "letters, digits and _.:=+@-, the first a letter or a digit"),
     "partition": (re.compile(f"({_WORD.pattern})(,{_WORD.pattern})*"), "names joined by commas"),
     "account": (_WORD, "one name"),
@@ -30,19 +30,19 @@ _OWN = {
     "--job-name": "slurm.job_name", "--requeue": "slurm.requeue", "--no-requeue": "slurm.requeue",
     "--signal": "slurm.save_seconds", "--ntasks-per-node": "slurm.processes_per_node", "--dependency": "slurm.chain",
     "--ntasks": "slurm.processes_per_node", "--output": "", "--error": "", "--open-mode": "", "--wrap": "", "--chdir": "",
-    "--export": "", "--array": "", "--parsable": "", "--test-only": "",
+    "--export": "", "--array": "", "--parsable": "", "--test-only": "", "--wait": "",
 }  # fmt: skip
 _OPTION = re.compile(r"(--[a-z][a-z-]*)(=[A-Za-z0-9_.,:/=@%+*&|\[\]()-]+)?")
 
 
 def is_option(text: str) -> bool:
-    """Whether this may be passed to sbatch as it is."""
+    """Whether this may be passed to sbatch as it is. It takes the first letters of an option for the whole."""
     match = _OPTION.fullmatch(text)
-    return match is not None and match[1] not in _OWN
+    return match is not None and not any(own.startswith(match[1]) for own in _OWN)
 
 
 def _looks(name: str) -> Rule:
-    key, (pattern, words) = f"slurm.{name}", _WORDS[name]
+    key, (pattern, words) = f"slurm.{name}", WORDS[name]
 
     def holds(c: RunConfig) -> bool:
         value = value_of(c, key)
@@ -68,7 +68,7 @@ def _fields(*names: str) -> Callable[[RunConfig], list[tuple[str, Any]]]:
 
 
 RULES: tuple[Rule, ...] = (
-    *(_looks(name) for name in _WORDS),
+    *(_looks(name) for name in WORDS),
     Rule(
         "slurm_extra",
         ("slurm.extra",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megalm.config import slurm_rules
 from megalm.errors import ConfigError, RunError
 from megalm.launchers import app
-from megalm.launchers.slurm import client, command, plan
+from megalm.launchers.slurm import client, command, history, plan
 from megalm.launchers.slurm.plan import Job, read_job
 from megalm.launchers.slurm.render import directives, render
 from megalm.launchers.slurm.submit import submit, submit_verb
@@ -107,14 +109,18 @@ def test_what_slurm_has_given_wins() -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("key", ["job_name", "partition", "exclude", "container", "setup"])
-def test_nothing_gets_into_a_line_of_sbatch(key: str, attack: str) -> None:
-    if key == "setup" and set(attack) <= set("x y;touchpwn-=rap"):
-        assert f"source '{attack}'" in render(job(f"slurm.setup='{attack}'"), "s"), "a strange name, but a name"
-        return
-    with pytest.raises(ConfigError):
-        made = job(f"slurm.{key}={json.dumps(attack)}")
-        pytest.fail(render(made, "s"))
+def test_nothing_gets_into_a_line_of_sbatch(attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a file: there, unlike on the command line, a value may hold a line's end and a NUL."""
+    monkeypatch.chdir(tmp_path)
+    bad = set(slurm_rules.WORDS)
+    if set(attack) <= set("x y;touchpwn-=rap"):
+        bad.remove("setup")
+        made = job(f"slurm.setup='{attack}'")
+        assert f"source {shlex.quote(str(tmp_path / attack))}" in render(made, "s"), "a strange name, but a name"
+    Path("mine.yaml").write_text(yaml.safe_dump({"slurm": dict.fromkeys(sorted(bad), attack)}))
+    with pytest.raises(ConfigError) as caught:
+        pytest.fail(render(job("mine.yaml"), "s"))
+    assert {f"slurm.{key} is {slurm_rules.WORDS[key][1]}" for key in bad} <= {problem.rule for problem in caught.value.problems}
 
 
 @pytest.mark.parametrize("attack", ATTACKS[:-1])
@@ -136,9 +142,32 @@ def test_nothing_gets_out_of_an_argument(attack: str, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("folder", ["runs/$(touch pwn)", "runs/a\nb", 'runs/a"b', "runs/`x`", "runs/a'b"])
-def test_folders_with_meaning_are_refused(folder: str) -> None:
+def test_folders_with_meaning_are_refused(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump({"train": {"run_dir": folder}}))
     with pytest.raises(ConfigError, match="folder of a job"):
-        job(f"train.run_dir={json.dumps(folder)}")
+        job("mine.yaml")
+
+
+@pytest.mark.parametrize("text", ["--array=0-9", "--arra=0-9", "--wra=x", "--w=x", "--gpus=8", "--wait", "-a0-9", "--x=a b"])
+def test_extra_options_are_none_of_ours_nor_short_for_one(text: str) -> None:
+    """sbatch takes an option by its first letters too."""
+    with pytest.raises(ConfigError, match=r"slurm\.extra is a list of sbatch's long options"):
+        job(f"slurm.extra=['{text}']")
+    assert {"--mem=8G", "--exclusive", "--nodelist=n1"} <= set(
+        directives(job("slurm.extra=['--mem=8G', '--exclusive', '--nodelist=n1']"))
+    )
+
+
+def test_a_setup_file_at_home(monkeypatch: pytest.MonkeyPatch, fake: Fake, tmp_path: Path) -> None:
+    """bash expands no ~ in quotes, and looks for a name without a folder on the PATH."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.sh").touch()
+    for setup in ("~/x.sh", "../x.sh"):
+        made = job(f"slurm.setup={setup}", "train.run_dir=runs/a")
+        (line,) = [line for line in submit(made).script.read_text().splitlines() if line.startswith("source")]
+        assert line == f"source {made.slurm.setup}" and Path(made.slurm.setup).is_absolute()
+        assert Path(made.slurm.setup).is_file()
 
 
 def test_a_folder_with_blanks_and_percents() -> None:
@@ -200,8 +229,13 @@ def test_other_verbs_are_one_process(fake: Fake) -> None:
         read_job("prepare", ["slurm.partition='a b'"])
     with pytest.raises(ConfigError, match="unknown"):
         read_job("prepare", ["slurm.minuts=2"])
-    with pytest.raises(ConfigError, match="no such verb"):
-        read_job("train", [])
+    for verb in ("train", "sweep", "status", "report"):
+        with pytest.raises(ConfigError, match="no such verb"):
+            read_job(verb, [])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_job("prepare", ["slurm.constraint=[a"])
+    assert made.run_dir == read_job("prepare", ["prepare.source=stdlib"]).run_dir, "the same job once more"
+    assert made.run_dir != read_job("prepare", ["prepare.source=mine"]).run_dir, "another, that may run beside it"
     with pytest.raises(ConfigError, match="one job is one run"):
         read_job("pretrain", ["-m", "optim.lr=1,2"])
 
@@ -346,11 +380,25 @@ def test_following(fake: Fake, capsys: pytest.CaptureFixture, monkeypatch: pytes
     Path("runs/a/logs/41.0/node-0.log").write_text("step 1\n")
     assert "from the supervisor" in (out := run("logs", "runs/a")) and "step 1" in out
     assert "cancelled 41" in run("cancel", "runs/a")
-    assert fake.calls("scancel")[0]["argv"] == ["41"]
+    Path("7").mkdir()
+    Path("2024_x").mkdir()
+    history.hold(Path("7"), ["42"], "n1")
+    assert "cancelled 42" in run("cancel", "7") and "cancelled 8_1" in run("cancel", "8_1")
+    assert [call["argv"] for call in fake.calls("scancel")] == [["41"], ["42"], ["8_1"]]
+    assert all("no job has been submitted" in run(subverb, "2024_x") for subverb in ("status", "cancel", "logs"))
     assert "no job has been submitted" in run("status", "runs/b")
     assert "did you mean megalm slurm submit?" in run("sumbit")
     assert "which verb?" in run("render")
     assert "one run folder or job number" in run("cancel")
+
+
+def test_of_a_chain_what_is_left_is_cancelled(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """scancel fails for a job that SLURM has forgotten."""
+    history.hold(Path("runs/a"), ["41", "42", "43"], "n1")
+    monkeypatch.setattr(client, "state_of", lambda job: "" if job == "41" else "PENDING")
+    monkeypatch.setattr(sys, "argv", ["megalm slurm", "cancel", "runs/a"])
+    command.main()
+    assert fake.calls("scancel")[0]["argv"] == ["42", "43"]
 
 
 def test_rendering_touches_nothing(fake: Fake, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
