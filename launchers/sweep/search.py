@@ -185,7 +185,7 @@ def losses(point: Point) -> list[tuple[int, float]]:
 
 
 def _tell(optuna: Any, study: Any, trial: Any, folder: Path | None) -> None:
-    """What came of a point. One that was stopped has no result yet and stays open: it goes on another time."""
+    """What came of a point; one that has ended without a result has failed. After Ctrl-C nothing is told: all stay open."""
     result, states = read_result(folder) if folder is not None else None, optuna.trial.TrialState
     trial.set_user_attr("folder", str(folder or ""))
     if result is None:
