@@ -18,6 +18,7 @@ from megalm.launchers.slurm.decide import verdict
 from megalm.launchers.slurm.health import find_bad, read_reports
 from megalm.launchers.slurm.inside import Here, Wishes, note, read_notes, say
 from megalm.launchers.slurm.plan import Job
+from megalm.parallel.heartbeat_file import BUSY
 from megalm.runfolder import read_progress
 
 _POLL_SECONDS = 0.2
@@ -162,8 +163,10 @@ def _wait(process: subprocess.Popen, job: Job, here: Here, wishes: Wishes) -> bo
         progress = read_progress(job.run_dir)
         state = (progress.step, progress.saved_step) if progress else (0, 0)
         if state != seen:
-            stepped, seen, since = seen is not None, state, now
+            stepped = stepped or (seen is not None and state[0] > seen[0])  # a start begins by going back to its checkpoint
+            seen, since = state, now
         patience = limit if stepped else limit + job.cluster.rendezvous_seconds  # until all have met and loaded
+        patience += job.cluster.timeout_seconds if (here.log_dir / BUSY).exists() else 0.0
         if limit and now - since > patience and not wishes.any:
             say(f"no step for {patience:.0f} s: the ranks write their stacks and are ended")
             note(job.run_dir, "stalled", job=here.key, step=state[0], seconds=patience)

@@ -13,14 +13,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megalm.parallel.heartbeat_file import HeartbeatFile
+from megalm.parallel.heartbeat_file import BUSY, HeartbeatFile
 from megalm.parallel.rendezvous import spans
 from megalm.parallel.topology import Group, Topology
 
@@ -138,9 +138,10 @@ def end_step(step: int) -> None:
 
 @contextmanager
 def during(phase: str) -> Iterator[None]:
-    """Around what may take longer than a step: the agent is more patient then."""
+    """Around what may take longer than a step: the agent, or without one whoever watches the log folder, is more patient then."""
     if _heartbeat is None:
-        yield
+        with _busy():
+            yield
         return
     before = _heartbeat.phase
     _heartbeat.say(phase, _heartbeat.step)
@@ -148,3 +149,18 @@ def during(phase: str) -> Iterator[None]:
         yield
     finally:
         _heartbeat.say(before, _heartbeat.step)
+
+
+@contextmanager
+def _busy() -> Iterator[None]:
+    """See BUSY."""
+    folder = os.environ.get("MEGALM_LAUNCHER") if os.environ.get("RANK") == "0" else None
+    try:
+        if folder:
+            with suppress(OSError):
+                Path(folder, BUSY).touch()
+        yield
+    finally:
+        if folder:
+            with suppress(OSError):
+                Path(folder, BUSY).unlink()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAGIC = b"megalm-1"
+BUSY = "busy"  # a file in the log folder, where no agent is: rank 0 evaluates or saves
 ROWS = 24  # groups of one rank: more than a topology makes
 _HEADER = struct.Struct("<8s16sqd")  # magic, phase, step, seconds of the longest step
 _BEAT = struct.Struct("<Qdii")  # beats, time.monotonic(), row, inside

@@ -314,6 +314,20 @@ def test_a_stalled_run_is_ended(play: Play) -> None:
     assert play.events("stalled")
 
 
+@pytest.mark.parametrize("what", ["busy", "back"])
+def test_a_run_that_saves_or_starts_again_is_not_stalled(what: str, play: Play) -> None:
+    """Saving may take as long as a collective; and going back to the checkpoint is no step: the first one is still to come."""
+    play.ranks(
+        "from megalm.runfolder import *\nrun = logs.parents[1]\n"
+        "tell = lambda step: write_progress(run, Progress(step, 9, 3, time.time()))\n"
+        f"back = {what == 'back'}\n"
+        "tell(7 if back else 3)\ntime.sleep(1)\ntell(3 if back else 4)\n"
+        "back or (logs / 'busy').touch()\ntime.sleep(4)\nnote(0, 0)"
+    )
+    code, out = play.run("cluster.stall_seconds=2", f"cluster.rendezvous_seconds={20 if what == 'back' else 1}")
+    assert code == 0, out
+
+
 def test_a_bad_node_is_excluded_after_the_requeue(play: Play) -> None:
     play.bad(n2="its disk is full")
     code, out = play.run("slurm.nodes=2")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megalm.parallel import heartbeat
-from megalm.parallel.heartbeat_file import ROWS, SIZE, Collective, HeartbeatFile, Pulse, make_file, read_pulse
+from megalm.parallel.heartbeat_file import BUSY, ROWS, SIZE, Collective, HeartbeatFile, Pulse, make_file, read_pulse
 from megalm.testing import run_distributed
 
 
@@ -149,13 +149,21 @@ def test_the_stacks_of_a_rank_that_hangs(tmp_path: Path) -> None:
     assert "in hangs_here" in path.read_text()
 
 
-def test_without_an_agent_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MEGALM_HEARTBEAT", raising=False)
+def test_without_an_agent_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """But rank 0 of a job says in the log folder that it is in something that takes longer than a step."""
+    for name in ("MEGALM_HEARTBEAT", "MEGALM_LAUNCHER", "RANK"):
+        monkeypatch.delenv(name, raising=False)
     heartbeat.start_heartbeat()
     heartbeat.say("train", 3)
     heartbeat.end_step(3)
     with heartbeat.during("save"):
         assert heartbeat._heartbeat is None
+    monkeypatch.setenv("MEGALM_LAUNCHER", str(tmp_path))
+    for rank, marked in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        with heartbeat.during("save"):
+            assert (tmp_path / BUSY).exists() is marked
+        assert not (tmp_path / BUSY).exists()
 
 
 def test_the_reader_imports_no_torch() -> None:
