@@ -110,8 +110,11 @@ def test_down_takes_away_what_was_half_made(cluster, second: Second, seconds: fl
 
 
 @pytest.mark.slow
-def test_signals_reach_the_ranks_where_processes_are_tracked_by_their_parents(cluster, second: Second, tmp_path: Path) -> None:
-    """_TRACKING=linuxproc: the mode is what was asked for, and a job's descendants get its signals and its end."""
+def test_this_cluster_can_track_processes_by_their_parents(cluster, second: Second, tmp_path: Path) -> None:
+    """_TRACKING=linuxproc: signals reach descendants there that cgroups keep them from, so it is another mode to test in.
+
+    It proves the tool, with bash for ranks; the jobs of the other tests run in either mode.
+    """
     done = second.call("up", MEGALM_CLUSTER_TRACKING="linuxproc")
     assert done.returncode == 0, done.stderr
     environ = {**os.environ, "SLURM_CONF": second.call("env").stdout.strip().partition("=")[2]}
