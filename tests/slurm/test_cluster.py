@@ -113,7 +113,7 @@ def test_down_takes_away_what_was_half_made(cluster, second: Second, seconds: fl
 def test_this_cluster_can_track_processes_by_their_parents(cluster, second: Second, tmp_path: Path) -> None:
     """_TRACKING=linuxproc: signals reach descendants there that cgroups keep them from, so it is another mode to test in.
 
-    It proves the tool, with bash for ranks; the jobs of the other tests run in either mode.
+    It proves the tool, with bash for ranks. The other tests run in the mode that their cluster was started in.
     """
     done = second.call("up", MEGALM_CLUSTER_TRACKING="linuxproc")
     assert done.returncode == 0, done.stderr
