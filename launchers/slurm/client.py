@@ -128,12 +128,20 @@ def hostnames(nodelist: str) -> list[str]:
     return answer.out.split()
 
 
-def usable_nodes(partition: str) -> set[str]:
-    """Nodes of a partition ("": all) that are not down, drained or being so."""
-    answer = ask("sinfo", "-h", "-N", "-o", "%N %t", *([f"--partition={partition}"] if partition else []))
-    rows = (line.split() for line in answer.out.splitlines())
-    return {row[0] for row in rows if len(row) == 2 and re.fullmatch(r"(idle|mix|alloc|comp|resv|plnd)\W?", row[1]) and
-            not row[1].endswith("*")}  # fmt: skip
+def usable_nodes(partition: str, constraint: str = "", gpus: int = 0) -> set[str]:
+    """Nodes of a partition ("": all) that are not down, drained or being so.
+
+    constraint: features they have, joined by &; what says more than that leaves none out. gpus: that each has.
+    """
+    answer = ask("sinfo", "-h", "-N", "-o", "%N %t %f %G", *([f"--partition={partition}"] if partition else []))
+    wanted = set(constraint.split("&")) if re.fullmatch(r"[\w.&-]+", constraint) else set()
+    found = set()
+    for line in answer.out.splitlines():
+        node, state, features, devices = [*line.split(), "", "", "", ""][:4]
+        has = sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", devices)))
+        if re.fullmatch(r"(idle|mix|alloc|comp|resv|plnd)[^*\w]?", state) and wanted <= set(features.split(",")) and has >= gpus:
+            found.add(node)
+    return found
 
 
 def kinds_of_nodes(partition: str) -> str:

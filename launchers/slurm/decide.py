@@ -85,6 +85,6 @@ def what_next(start: Start, failures: int, starts: int, max_failures: int, max_s
     if not failures:
         return Decision(again, ExitCode.FAILED, "failed, after a new checkpoint", failures)
     if in_vain:
-        reason = f"start {failures} of {max_failures} that has saved nothing by its time limit: slurm.minutes, checkpoint.save_every"
+        reason = f"start {failures} of {max_failures} that had saved nothing by its time limit: see checkpoint.save_every"
         return Decision(again, ExitCode.FAILED, reason, failures)
     return Decision(again, ExitCode.FAILED, f"failed start {failures} of {max_failures} without a new checkpoint", failures)

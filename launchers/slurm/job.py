@@ -18,6 +18,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from megalm.config.cluster import SlurmConfig
 from megalm.errors import ConfigError, ExitCode, MegalmError, Problem
 from megalm.launchers.slurm import client, history
 from megalm.launchers.slurm.decide import Action, Decision, Start, what_next
@@ -140,7 +141,7 @@ def act(decision: Decision, job: Job, here: Here, past: history.History, submiss
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue sends it, and what follows needs the time
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     leave_out = [node for node in decision.exclude if node not in past.excluded]
-    enough = _is_enough(here, [*past.excluded, *leave_out], job.slurm.nodes + job.slurm.spares) if leave_out else False
+    enough = bool(leave_out) and _is_enough(here, [*past.excluded, *leave_out], job.slurm)
     if enough:
         past.excluded += leave_out
         history.write_history(job.run_dir, submission, past)
@@ -159,10 +160,12 @@ def act(decision: Decision, job: Job, here: Here, past: history.History, submiss
     return decision.code
 
 
-def _is_enough(here: Here, excluded: Sequence[str], wanted: int) -> bool:
-    """Whether the partition has so many nodes without these: otherwise the job would wait for ever."""
+def _is_enough(here: Here, excluded: Sequence[str], slurm: SlurmConfig) -> bool:
+    """Whether the partition has nodes enough for the job without these: otherwise it would wait for ever."""
     with suppress(MegalmError):
-        return len(client.usable_nodes(here.partition) - set(excluded)) >= wanted
+        usable = client.usable_nodes(here.partition, slurm.constraint, slurm.gpus_per_node)
+        others = usable - {*excluded, *(client.hostnames(slurm.exclude) if slurm.exclude else [])}
+        return len(others) >= slurm.nodes + slurm.spares
     return False
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from megalm.config.cluster import SlurmConfig
 from megalm.launchers.slurm import client, history, launch
 from megalm.launchers.slurm import job as supervisor
 from megalm.launchers.slurm.inside import Here
@@ -273,7 +274,7 @@ def test_a_start_that_saves_nothing_by_its_time_limit_counts(minutes: int, failu
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=60)
     assert (play.requeues(), history.read_history(play.run_dir, "s").failures) == (1, failures), out
-    assert ("saved nothing by its time limit" in out) is bool(failures)
+    assert ("had saved nothing by its time limit" in out) is bool(failures)
 
 
 RAN = "StartTime=2026-01-01T10:00:00 TimeLimit=1-01:00:00 EndTime="
@@ -360,6 +361,30 @@ def test_nodes_are_not_excluded_until_none_is_left(play: Play) -> None:
     assert ["update", "JobId=7", "StartTime=now+30"] in play.calls("scontrol")
 
 
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({}, 4),  # of six one is bad, one is drained
+        ({"exclude": "c1,c2"}, 2),
+        ({"constraint": "fast"}, 2),
+        ({"constraint": "fast&big"}, 1),
+        ({"constraint": "fast|big"}, 4),  # not judged
+        ({"gpus_per_node": 4}, 2),
+        ({"gpus_per_node": 8}, 1),
+    ],
+)
+def test_only_nodes_that_the_job_could_take_are_counted(
+    settings: dict[str, Any], left: int, play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ["bad idle fast gpu:8", "c1 idle slow (null)", "c2 mix- big (null)", "off drain fast gpu:8", "lost idle* fast gpu:8"]
+    rows += ["g1 idle fast,big gpu:a100:4(S:0-1),shard:64", "g2 alloc fast gpu:a100:4(S:0),gpu:h100:4(S:1)"]
+    (play.folder / "sinfo").write_text("#!/bin/sh\nprintf '" + "\\n".join(rows) + "'\n")
+    monkeypatch.setenv("PATH", f"{play.folder}:{os.environ['PATH']}")
+    here = Here("7", "7", 0, ["bad"], "train")
+    assert supervisor._is_enough(here, ["bad"], SlurmConfig(nodes=left, **settings))
+    assert not supervisor._is_enough(here, ["bad"], SlurmConfig(nodes=left, spares=1, **settings))
+
+
 def test_if_all_nodes_are_bad_it_is_not_their_fault(play: Play) -> None:
     play.bad(n1="run_dir is full", n2="run_dir is full")
     assert [play.run("slurm.max_failures=2", restart=i)[0] for i in range(2)] == [1, 1]
@@ -413,7 +438,7 @@ def test_a_controller_that_does_not_answer_ends_no_job(tmp_path: Path, monkeypat
     (tmp_path / "exit-0.json").write_text('{"code": 1, "step": "0"}')
     launch._kill_step(here)
     assert client.kill_seconds() == 30.0
-    assert not supervisor._is_enough(here, ["n1"], 2)
+    assert not supervisor._is_enough(here, ["n1"], SlurmConfig())
     supervisor._note_lost_start(here, tmp_path)
     assert next(read_events(tmp_path))["kind"] == "requeued"
     assert silence.asked == 4

@@ -138,7 +138,7 @@ def test_a_port_in_use_is_named_on_rank_0():
 
 
 def test_a_port_that_our_launcher_has_chosen_is_waited_for(monkeypatch):
-    """It was free when the launcher looked, or that of the start before may still hold it. That it no longer is, is no mistake of the user's: the next start gets another."""
+    """The start before may still hold it. That it is not free is no mistake of the user's: the next start gets another."""
     environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     assert not find_place(environ).port_was_free
     place = find_place({**environ, "MEGALM_LAUNCHER": "logs", "MEGALM_ATTEMPT": "0.0"})
