@@ -18,6 +18,7 @@ from megalm.config.data import PrepareConfig
 from megalm.data.tokenize import prepare
 from megalm.launchers.slurm import client
 from megalm.runfolder import read_events, read_progress
+from tests.slurm.layouts import BY_RANK, TWO_BY_TWO
 
 TOOL = Path(__file__).parent / "cluster.sh"
 REQUIRED = "MEGALM_REQUIRE_SLURM"  # set: a cluster that cannot be started is a failure, not a reason to skip
@@ -146,14 +147,11 @@ def make(cluster: Cluster, shared: Path) -> Callable[[str], Run]:
     return lambda name: Run(cluster, shared, name)
 
 
-TWO_BY_TWO = ("parallel=tp2_pp2", "slurm.nodes=2")
-
-
 @pytest.fixture(scope="session")
 def whole(cluster: Cluster, shared: Path) -> Run:
     """An unbroken run over two nodes, that the broken ones are compared with."""
     run = Run(cluster, shared, "whole")
-    job = run.submit(*TWO_BY_TWO, "slurm.launch=rank")
+    job = run.submit(*TWO_BY_TWO, BY_RANK)
     found = cluster.wait(job)
     assert found["JobState"] == "COMPLETED", run.log()
     return run

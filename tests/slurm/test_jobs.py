@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from megalm.launchers.slurm import history
+from tests.slurm.layouts import BY_RANK, TWO_BY_TWO
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
-TWO_BY_TWO = ("parallel=tp2_pp2", "slurm.nodes=2")
-BY_RANK = "slurm.launch=rank"
 Make = Callable[[str], "object"]
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm.layouts import BY_RANK, TWO_BY_TWO
+
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).resolve().parents[2]
-TWO_BY_TWO = ("parallel=tp2_pp2", "slurm.nodes=2")
-BY_RANK = "slurm.launch=rank"
 
 
 def test_the_time_limit_itself(whole, make, cluster, fault) -> None:
