@@ -62,7 +62,7 @@ def _run(verb: str, tasks: Task | Mapping[str, Task]) -> None:
     from megalm.launchers.compose import HYDRA_SETTINGS, SEARCH_PATH, inspect, parse
     from megalm.launchers.slurm.plan import is_for_slurm
     from megalm.launchers.sweep.command_line import inspect_sweep, with_launcher
-    from megalm.launchers.sweep.point import Sweep, files_and_flags
+    from megalm.launchers.sweep.point import SweepCommand, files_and_flags
 
     typed = sys.argv[1:]
     many = verb == "pretrain" and bool({"-m", "--multirun"} & set(typed))
@@ -79,7 +79,7 @@ def _run(verb: str, tasks: Task | Mapping[str, Task]) -> None:
             raise ConfigError(*problems)
 
     task = tasks[command.subverb] if isinstance(tasks, Mapping) else tasks
-    sweep = Sweep(verb, [text for text in files_and_flags(typed) if text not in ("-m", "--multirun")])
+    sweep = SweepCommand(verb, [text for text in files_and_flags(typed) if text not in ("-m", "--multirun")])
     sweep.inspected = command.inspected
     failures = sweep.failures
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from megalm.launchers.sweep.axis import Axis, axis_of
-from megalm.launchers.sweep.results import Row, Sweep
+from megalm.launchers.sweep.results import Row, SweepResults
 from megalm.observe.words import safe
 
 UNIT = "nats per token"
@@ -20,23 +20,23 @@ _WIDE, _TALL = 1160, 340  # of all settings side by side
 _LETTER = 6.4  # width of a letter of 11 pixels
 
 
-def metric_name(sweep: Sweep) -> str:
+def metric_name(sweep: SweepResults) -> str:
     """As people say."""
     return {"valid_loss": "validation loss", "loss": "training loss"}.get(sweep.metric, sweep.metric)
 
 
-def shown(sweep: Sweep) -> list[Row]:
+def shown(sweep: SweepResults) -> list[Row]:
     """The rows that have a finite loss, worst first, so that the best is drawn over the others."""
     return [row for row in reversed(sweep.rows) if row.loss is not None and math.isfinite(row.loss)]
 
 
-def axes_of(sweep: Sweep, rows: Sequence[Row]) -> list[Axis]:
+def axes_of(sweep: SweepResults, rows: Sequence[Row]) -> list[Axis]:
     """One per swept key, and last that of the loss."""
     axes = [axis_of(key, [row.values[key] for row in rows]) for key in sweep.keys]
     return [*axes, axis_of(metric_name(sweep), [repr(row.loss) for row in rows], cut=True)]
 
 
-def places(sweep: Sweep, axes: Sequence[Axis], row: Row) -> list[float]:
+def places(sweep: SweepResults, axes: Sequence[Axis], row: Row) -> list[float]:
     """Of a row on each of the axes."""
     values = [*(row.values[key] for key in sweep.keys), repr(row.loss)]
     return [axis.place(value) for axis, value in zip(axes, values, strict=True)]
@@ -49,7 +49,7 @@ def colours(rows: Sequence[Row]) -> list[str]:
     return ["#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(worst, best, strict=True)) for share in shares]
 
 
-def slices(sweep: Sweep) -> list[tuple[str, str]]:
+def slices(sweep: SweepResults) -> list[tuple[str, str]]:
     """(key, SVG) of every swept key: its value below, the loss of each point above."""
     rows = shown(sweep)
     if not rows:
@@ -58,7 +58,7 @@ def slices(sweep: Sweep) -> list[tuple[str, str]]:
     return [(axis.name, _slice(sweep, rows, axis, loss)) for axis in axes]
 
 
-def _slice(sweep: Sweep, rows: Sequence[Row], across: Axis, up: Axis) -> str:
+def _slice(sweep: SweepResults, rows: Sequence[Row], across: Axis, up: Axis) -> str:
     parts, marks = list[str](), across.ticks()
     letters = max(4, int((_WIDTH - _LEFT) / max(1, len(marks)) / _LETTER) - 1)
     for place, text in marks:
@@ -78,7 +78,7 @@ def _slice(sweep: Sweep, rows: Sequence[Row], across: Axis, up: Axis) -> str:
     return _svg(_WIDTH, _HEIGHT, parts, f"{up.name} over {across.name}")
 
 
-def parallel(sweep: Sweep) -> str:
+def parallel(sweep: SweepResults) -> str:
     """One SVG: an axis per swept key and one for the loss; a point is a line through all of them. Empty without a loss."""
     rows = shown(sweep)
     if not rows:

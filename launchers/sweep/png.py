@@ -8,13 +8,13 @@ from typing import Any
 
 from megalm.launchers.sweep.axis import Axis
 from megalm.launchers.sweep.draw import UNIT, axes_of, colours, places, shown
-from megalm.launchers.sweep.results import Row, Sweep
+from megalm.launchers.sweep.results import Row, SweepResults
 
 _COLUMNS = 3  # pictures in a row
 _NOTE = "blue: better; hollow, dashed: ended early by the search; triangle: off the top"
 
 
-def write_png(sweep: Sweep, folder: Path) -> list[Path]:
+def write_png(sweep: SweepResults, folder: Path) -> list[Path]:
     """slices.png and parallel.png; none where matplotlib is not installed or nothing has a loss yet. Raises OSError."""
     rows = shown(sweep)
     try:
@@ -35,7 +35,7 @@ def write_png(sweep: Sweep, folder: Path) -> list[Path]:
     return written
 
 
-def _slices(pyplot: Any, sweep: Sweep, rows: Sequence[Row], axes: Sequence[Axis]) -> Any:
+def _slices(pyplot: Any, sweep: SweepResults, rows: Sequence[Row], axes: Sequence[Axis]) -> Any:
     *settings, loss = axes
     columns = min(_COLUMNS, len(settings))
     lines = -(-len(settings) // columns)
@@ -58,7 +58,7 @@ def _slices(pyplot: Any, sweep: Sweep, rows: Sequence[Row], axes: Sequence[Axis]
     return figure
 
 
-def _parallel(pyplot: Any, sweep: Sweep, rows: Sequence[Row], axes: Sequence[Axis]) -> Any:
+def _parallel(pyplot: Any, sweep: SweepResults, rows: Sequence[Row], axes: Sequence[Axis]) -> Any:
     from matplotlib.patheffects import withStroke
 
     figure, field = pyplot.subplots(figsize=(1.5 + 2 * len(axes), 3.8), layout="constrained")

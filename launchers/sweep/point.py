@@ -50,7 +50,7 @@ class Point:
 
 
 @dataclass
-class Sweep:
+class SweepCommand:
     """What a launcher needs to know of the command line; the task that Hydra gets has one as `sweep`."""
 
     verb: str
@@ -80,7 +80,7 @@ def plan_points(
     from hydra.core.utils import setup_globals
 
     setup_globals()
-    sweep: Sweep = task.sweep
+    sweep: SweepCommand = task.sweep
     typed = [_compose(context, config, sweep, overrides, judge) for overrides in job_overrides]
     root = Path(str(config.hydra.sweep.dir)).absolute()
     known = {entry["settings"]: int(number) for number, entry in read_points(root)}
@@ -110,7 +110,7 @@ def read_points(root: Path) -> list[tuple[str, dict[str, Any]]]:
     return sorted(found, key=lambda item: int(item[0]))
 
 
-def _compose(context: Any, config: Any, sweep: Sweep, overrides: Sequence[str], judge: Judge) -> RunConfig:
+def _compose(context: Any, config: Any, sweep: SweepCommand, overrides: Sequence[str], judge: Judge) -> RunConfig:
     from megalm.launchers.compose import plain, task_words
 
     words = task_words(overrides)
@@ -130,7 +130,7 @@ def _free(root: Path) -> int:
     return max(taken, default=-1) + 1
 
 
-def _open(place: Path, overrides: list[str], run: RunConfig, sweep: Sweep, key: str) -> Point:
+def _open(place: Path, overrides: list[str], run: RunConfig, sweep: SweepCommand, key: str) -> Point:
     """Makes the point's folder, and writes there whose it is."""
     folder = place
     if run.train.run_dir != RunConfig().train.run_dir:

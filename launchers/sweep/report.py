@@ -9,7 +9,7 @@ from megalm.errors import writing
 from megalm.launchers.sweep.draw import STYLE as OURS
 from megalm.launchers.sweep.draw import UNIT, metric_name, parallel, slices
 from megalm.launchers.sweep.png import write_png
-from megalm.launchers.sweep.results import Row, Sweep, read_sweep
+from megalm.launchers.sweep.results import Row, SweepResults, read_sweep
 from megalm.observe.parts import panel, table
 from megalm.observe.style import POLICY, STYLE
 from megalm.observe.words import clean, safe
@@ -32,7 +32,7 @@ def report(config: Any) -> None:
     print("\n".join(map(str, [page, *pictures])))
 
 
-def as_text(sweep: Sweep, rows: int) -> str:
+def as_text(sweep: SweepResults, rows: int) -> str:
     """For a terminal; the best `rows` points, 0: all."""
     parts = [_text_table(sweep, sweep.keys, sweep.rows[: rows or None], "point")]
     if rows and len(sweep.rows) > rows:
@@ -46,7 +46,7 @@ def as_text(sweep: Sweep, rows: int) -> str:
     return "\n".join([*parts, "", said])
 
 
-def as_page(sweep: Sweep) -> str:
+def as_page(sweep: SweepResults) -> str:
     """One HTML file that loads nothing and runs nothing."""
     best, title = sweep.best, f"Sweep {sweep.folder.absolute().name}"
     parts = [f"<h1>{safe(title)}</h1>", f'<p class="quiet">{safe(str(sweep.folder.absolute()))}; {_count(sweep)}</p>']
@@ -68,7 +68,7 @@ def as_page(sweep: Sweep) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>\n'
 
 
-def _keys(sweep: Sweep) -> list[str]:
+def _keys(sweep: SweepResults) -> list[str]:
     return [key for key in sweep.keys if key in sweep.groups[0].values]
 
 
@@ -90,17 +90,17 @@ def _loss(row: Row) -> str:
     return f"{row.loss:.4f}" + (f" +- {row.spread:.4f} ({row.folds} folds)" if row.spread is not None else "")
 
 
-def _text_table(sweep: Sweep, keys: list[str], rows: list[Row], first: str) -> str:
+def _text_table(sweep: SweepResults, keys: list[str], rows: list[Row], first: str) -> str:
     lines = [[first, sweep.metric, "step", "status", *keys], *(_cells(keys, row) for row in rows)]
     lines = [[clean(cell, 60) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _html_table(sweep: Sweep, keys: list[str], rows: list[Row]) -> str:
+def _html_table(sweep: SweepResults, keys: list[str], rows: list[Row]) -> str:
     return table(["point", sweep.metric, "step", "status", *keys], [_cells(keys, row) for row in rows], "-nn-")
 
 
-def _count(sweep: Sweep) -> str:
+def _count(sweep: SweepResults) -> str:
     known = dict.fromkeys(row.status for row in sweep.rows)
     return ", ".join(f"{sum(row.status == status for row in sweep.rows)} {safe(status)}" for status in known)

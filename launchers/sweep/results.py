@@ -35,7 +35,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepResults:
     """`rows`: best first, those without a loss last. `groups`: the same over the folds, empty where there are none."""
 
     folder: Path
@@ -50,7 +50,7 @@ class Sweep:
         return next((row for row in self.groups or self.rows if _is_done(row)), None)
 
 
-def read_sweep(folder: Path) -> Sweep:
+def read_sweep(folder: Path) -> SweepResults:
     """Raises ConfigError if no sweep has written to this folder."""
     points = read_points(folder)
     if not points:
@@ -67,7 +67,7 @@ def read_sweep(folder: Path) -> Sweep:
         rows.append(row)
         metrics += [metric] if metric else []
     groups = _over_folds(rows, [_command(entry, (FOLD,)) for _, entry in points]) if FOLD in keys else []
-    return Sweep(folder, keys, _best_first(rows), _best_first(groups), metrics[0] if metrics else "loss")
+    return SweepResults(folder, keys, _best_first(rows), _best_first(groups), metrics[0] if metrics else "loss")
 
 
 def _is_done(row: Row) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from megalm.config.run import ROOTS
 from megalm.errors import ConfigError, ExitCode, Problem, writing
-from megalm.launchers.sweep.point import Point, Sweep
+from megalm.launchers.sweep.point import Point, SweepCommand
 from megalm.launchers.sweep.settings import check
 from megalm.launchers.sweep.space import Dimension, read_space
 from megalm.runfolder import PRUNE, read_result
@@ -24,7 +24,7 @@ from megalm.runfolder import PRUNE, read_result
 JOURNAL, STUDY = "optuna.journal", "megalm"
 
 
-def search(arguments: Sequence[str], settings: Any, launcher: Any, sweep: Sweep, folder: str) -> float | None:
+def search(arguments: Sequence[str], settings: Any, launcher: Any, sweep: SweepCommand, folder: str) -> float | None:
     """The lowest loss found. `settings`: see hydra_plugins/megalm_optuna.py. Raises ConfigError, KeyboardInterrupt."""
     optuna = _optuna()
     check("megalm_optuna", **{key: value for key, value in vars(settings).items() if key != "_target_"})
@@ -198,7 +198,7 @@ def _tell(optuna: Any, study: Any, trial: Any, folder: Path | None) -> None:
         study.tell(trial, result.value)
 
 
-def _say_best(optuna: Any, study: Any, space: Sequence[Dimension], sweep: Sweep, root: Path) -> float | None:
+def _say_best(optuna: Any, study: Any, space: Sequence[Dimension], sweep: SweepCommand, root: Path) -> float | None:
     trials = study.get_trials(deepcopy=False)
     count = {state.name.lower(): sum(t.state == state for t in trials) for state in optuna.trial.TrialState}
     print(", ".join(f"{number} {name}" for name, number in count.items() if number), flush=True)

@@ -16,7 +16,7 @@ import pytest
 
 from megalm.config.run import RunConfig
 from megalm.errors import ConfigError, Problem
-from megalm.launchers.sweep.point import Point, Sweep, failure
+from megalm.launchers.sweep.point import Point, SweepCommand, failure
 from megalm.launchers.sweep.search import losses, search
 from megalm.launchers.sweep.space import read_space
 from megalm.runfolder import PRUNE, Result, write_result
@@ -98,7 +98,7 @@ def test_space_that_cannot_be(word: str, rule: str) -> None:
 
 def test_the_best_is_found_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     played = Played(tmp_path)
-    sweep = Sweep("pretrain")
+    sweep = SweepCommand("pretrain")
     sweep.failures.append(failure(Point(0, [], tmp_path, [], RunConfig(), tmp_path), "diverged", 3))
     best = search(SPACE, settings(trials=25), played, sweep, str(tmp_path))
     assert best is not None and best < 1.5
@@ -109,16 +109,16 @@ def test_the_best_is_found_and_said(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_more_trials_go_on_from_the_ones_before_and_none_is_drawn_again(tmp_path: Path) -> None:
     for trials, new in ((4, 4), (4, 0), (7, 3)):
         played = Played(tmp_path)
-        search(SPACE, settings(trials=trials, sampler="random"), played, Sweep("pretrain"), str(tmp_path))
+        search(SPACE, settings(trials=trials, sampler="random"), played, SweepCommand("pretrain"), str(tmp_path))
         assert len(played.ran) == new
     assert len(list(tmp_path.glob("point-*"))) == 7
 
 
 def test_a_search_that_was_stopped_runs_its_open_point_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        search(SPACE, settings(at_once=2), Played(tmp_path, stop_at=3), Sweep("pretrain"), str(tmp_path))
+        search(SPACE, settings(at_once=2), Played(tmp_path, stop_at=3), SweepCommand("pretrain"), str(tmp_path))
     played = Played(tmp_path)
-    search(SPACE, settings(at_once=2), played, Sweep("pretrain"), str(tmp_path))
+    search(SPACE, settings(at_once=2), played, SweepCommand("pretrain"), str(tmp_path))
     assert len(played.ran) == 4  # six in all, of which two were told; the open two come first, one of them is repeated
     assert len(list(tmp_path.glob("point-*"))) == 6
 
@@ -126,7 +126,7 @@ def test_a_search_that_was_stopped_runs_its_open_point_again(tmp_path: Path) -> 
 def test_bad_points_are_ended_early(tmp_path: Path) -> None:
     for pruner in ("median", "hyperband"):
         root = tmp_path / pruner
-        search(SPACE, settings(trials=15, pruner=pruner, sampler="random"), Played(root), Sweep("pretrain"), str(root))
+        search(SPACE, settings(trials=15, pruner=pruner, sampler="random"), Played(root), SweepCommand("pretrain"), str(root))
         results = [json.loads(path.read_text()) for path in root.glob("*/result.json")]
         pruned = [r["value"] for r in results if r["status"] == "pruned"]
         finished = [r["value"] for r in results if r["status"] == "finished"]
@@ -134,9 +134,9 @@ def test_bad_points_are_ended_early(tmp_path: Path) -> None:
 
 
 def test_another_space_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    search(SPACE, settings(trials=1), Played(tmp_path), Sweep("pretrain"), str(tmp_path))
+    search(SPACE, settings(trials=1), Played(tmp_path), SweepCommand("pretrain"), str(tmp_path))
     with pytest.raises(ConfigError, match=r"the search in .* draws"):
-        search(["optim.lr=interval(1,2)"], settings(), Played(tmp_path), Sweep("pretrain"), str(tmp_path))
+        search(["optim.lr=interval(1,2)"], settings(), Played(tmp_path), SweepCommand("pretrain"), str(tmp_path))
 
 
 def test_settings_that_do_not_go_together_are_a_failed_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +147,7 @@ def test_settings_that_do_not_go_together_are_a_failed_trial(tmp_path: Path, cap
             return super().launch(overrides, initial_job_idx)
 
     played = Picky(tmp_path)
-    search(SPACE, settings(trials=12, at_once=3, sampler="random"), played, Sweep("pretrain"), str(tmp_path))
+    search(SPACE, settings(trials=12, at_once=3, sampler="random"), played, SweepCommand("pretrain"), str(tmp_path))
     said = capsys.readouterr()
     failed = said.err.count("not with this")
     assert 0 < failed < 12 and len(played.ran) == 12 - failed and f"{12 - failed} complete, {failed} fail" in said.out
@@ -156,13 +156,13 @@ def test_settings_that_do_not_go_together_are_a_failed_trial(tmp_path: Path, cap
 @pytest.mark.timeout(60)
 def test_what_a_killed_search_leaves_is_mended(tmp_path: Path) -> None:
     """Its lock, which Optuna would wait for, and half a line, behind which the next one could not be read."""
-    search(SPACE, settings(trials=2), Played(tmp_path), Sweep("pretrain"), str(tmp_path))
+    search(SPACE, settings(trials=2), Played(tmp_path), SweepCommand("pretrain"), str(tmp_path))
     (tmp_path / "optuna.journal.lock").symlink_to(tmp_path / "optuna.journal")
     with open(tmp_path / "optuna.journal", "a") as journal:
         journal.write('{"op_code":5,"work')
     for trials in (3, 4):  # the second reads what the first has written behind it
         begun, played = time.monotonic(), Played(tmp_path)
-        search(SPACE, settings(trials=trials), played, Sweep("pretrain"), str(tmp_path))
+        search(SPACE, settings(trials=trials), played, SweepCommand("pretrain"), str(tmp_path))
         assert len(played.ran) == 1 and time.monotonic() - begun < 20
 
 
@@ -170,14 +170,14 @@ def test_what_a_killed_search_leaves_is_mended(tmp_path: Path) -> None:
 def test_a_journal_that_is_none_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "optuna.journal").write_text(text)
     with pytest.raises(ConfigError, match="not a journal of Optuna") as caught:
-        search(SPACE, settings(trials=2), Played(tmp_path), Sweep("pretrain"), str(tmp_path))
+        search(SPACE, settings(trials=2), Played(tmp_path), SweepCommand("pretrain"), str(tmp_path))
     assert "mv " in caught.value.problems[0].fix
 
 
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="3 problems"):
         bad = settings(sampler="tbe", pruner="x", trials=0)
-        search(SPACE, bad, Played(tmp_path), Sweep("pretrain"), str(tmp_path))
+        search(SPACE, bad, Played(tmp_path), SweepCommand("pretrain"), str(tmp_path))
 
 
 def test_training_loss_where_nothing_is_evaluated(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ from test_sweep_search import *
 class Slow(Played):
     def _run(self, point):
         super()._run(point) if len(self.ran) < 3 else (Path("third").touch(), time.sleep(100))
-search(SPACE, settings(), Slow(Path.cwd()), Sweep("pretrain"), ".")
+search(SPACE, settings(), Slow(Path.cwd()), SweepCommand("pretrain"), ".")
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
     try:
@@ -204,11 +204,11 @@ search(SPACE, settings(), Slow(Path.cwd()), Sweep("pretrain"), ".")
             assert process.poll() is None
             time.sleep(0.1)
         with pytest.raises(ConfigError, match="another search is at work there"):
-            search(SPACE, settings(), Played(tmp_path), Sweep("pretrain"), str(tmp_path))
+            search(SPACE, settings(), Played(tmp_path), SweepCommand("pretrain"), str(tmp_path))
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     played = Played(tmp_path)
-    search(SPACE, settings(), played, Sweep("pretrain"), str(tmp_path))
+    search(SPACE, settings(), played, SweepCommand("pretrain"), str(tmp_path))
     assert len(played.ran) == 4
     assert len(list(tmp_path.glob("point-*/result.json"))) >= 4
