@@ -63,7 +63,7 @@ def supervise(verb: str, arguments: Sequence[str], submission: str, wishes: Wish
             _note_lost_start(here, run_dir)
         history.begin(past, run_dir)
         history.write_history(run_dir, submission, past)
-    here.log_dir = run_dir / "logs" / f"{here.job_id}.{here.restart}"
+    here.log_dir = run_dir / "logs" / f"{here.key}.{here.restart}"
     here.log_dir.mkdir(parents=True, exist_ok=True)
     say(f"job {here.key}, start {past.starts}, on {', '.join(here.nodes)}, from saved step {past.saved_step}: {run_dir}")
     start = Start() if past.failures >= settings.max_failures else run_once(job, here, wishes)
@@ -135,9 +135,6 @@ def act(decision: Decision, job: Job, here: Here, past: history.History, submiss
             how = {"reason": decision.reason, "code": int(decision.code), "cancelled": decision.cancelled}
             note(job.run_dir, "gave_up", job=here.key, **how)
         return decision.code
-    if not job.slurm.requeue:
-        say("slurm.requeue=false: the next job of the chain goes on, or the same command submitted again")
-        return decision.code
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue sends it, and what follows needs the time
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     leave_out = [node for node in decision.exclude if node not in past.excluded]
@@ -145,6 +142,13 @@ def act(decision: Decision, job: Job, here: Here, past: history.History, submiss
     if enough:
         past.excluded += leave_out
         history.write_history(job.run_dir, submission, past)
+    if not job.slurm.requeue:
+        say("slurm.requeue=false: the next job of the chain goes on, or the same command submitted again")
+        if enough:
+            with suppress(MegalmError):
+                waiting = [other for other in history.jobs_of(job.run_dir) if client.state_of(other) == "PENDING"]
+                _exclude(waiting, past.excluded, leave_out, job.run_dir)
+        return decision.code
     answer = client.insist("scontrol", "requeue", here.key)
     if answer.code:
         say(f"cannot go back to the queue: {answer.error}; submit the job again")
@@ -153,7 +157,7 @@ def act(decision: Decision, job: Job, here: Here, past: history.History, submiss
     note(job.run_dir, "requeued", job=here.key, reason=decision.reason, failures=decision.failures)
     with suppress(MegalmError):  # it is in the queue: that the controller does not answer now must not change the code
         if enough:
-            _exclude(here, past.excluded, leave_out, job.run_dir)
+            _exclude([here.key], past.excluded, leave_out, job.run_dir)
         elif leave_out:
             say(f"{', '.join(leave_out)} cannot be left out: partition {here.partition} has too few other nodes; later again")
             client.ask("scontrol", "update", f"JobId={here.key}", "StartTime=now+30")
@@ -169,18 +173,20 @@ def _is_enough(here: Here, excluded: Sequence[str], slurm: SlurmConfig) -> bool:
     return False
 
 
-def _exclude(here: Here, excluded: Sequence[str], new: Sequence[str], run_dir: Path) -> None:
+def _exclude(jobs: Sequence[str], excluded: Sequence[str], new: Sequence[str], run_dir: Path) -> None:
     """A running job may not change its list: it can only once it is back in the queue, from this script's last seconds."""
-    given = client.find_job(here.key).get("ExcNodeList", "(null)")
-    names = sorted({*excluded, *(client.hostnames(given) if given != "(null)" else [])})
-    for _ in range(16):
-        answer = client.ask("scontrol", "update", f"JobId={here.key}", f"ExcNodeList={','.join(names)}")
-        if answer.code == 0:
-            say(f"left out from now on: {', '.join(names)}")
-            note(run_dir, "excluded", job=here.key, nodes=list(new))
-            return
-        time.sleep(0.25)
-    say(f"cannot leave out {', '.join(names)}: {answer.error}")
+    for job in jobs:
+        given = client.find_job(job).get("ExcNodeList", "(null)")
+        names = sorted({*excluded, *(client.hostnames(given) if given != "(null)" else [])})
+        for _ in range(16):
+            answer = client.ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(names)}")
+            if answer.code == 0:
+                say(f"left out of job {job} from now on: {', '.join(names)}")
+                note(run_dir, "excluded", job=job, nodes=list(new))
+                break
+            time.sleep(0.25)
+        else:
+            say(f"cannot leave out {', '.join(names)} of job {job}: {answer.error}")
 
 
 if __name__ == "__main__":

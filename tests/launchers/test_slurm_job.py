@@ -162,6 +162,14 @@ def test_the_script_by_hand(play: Play) -> None:
     assert (play.run_dir / "slurm" / "history-job-7.json").exists()
 
 
+def test_an_element_of_an_array_goes_by_the_name_that_megalm_slurm_logs_looks_for(play: Play) -> None:
+    play.environ = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
+    play.ranks("note(75, 75)")
+    play.run()
+    assert f"--output={play.run_dir}/logs/5_2.0/node-%n.log" in play.calls("srun")[1]
+    assert history.jobs_of(play.run_dir) == ["5_2"] and ["requeue", "5_2"] in play.calls("scontrol")
+
+
 def test_a_container_is_an_option_of_srun(play: Play) -> None:
     play.ranks("note(0, 0)")
     play.run("slurm.container=docker://nvcr.io/nvidia/pytorch:26.01", "slurm.container_mounts=/data:/data")
@@ -447,6 +455,16 @@ def test_a_controller_that_does_not_answer_ends_no_job(tmp_path: Path, monkeypat
 def test_who_holds_the_folder_is_asked_until_there_is_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Silence(monkeypatch, {"scontrol": "JobId=6 JobState=RUNNING"})
     assert client.state_of("6", client.insist) == "RUNNING"
+
+
+def test_a_bad_node_is_left_out_of_the_rest_of_a_chain(play: Play) -> None:
+    """Else each of its jobs may get that node, and be gone in seconds."""
+    history.hold(play.run_dir, ["7", "8"], "login")
+    (play.folder / "state").write_text("PENDING")
+    play.bad(n2="its disk is full")
+    assert play.run("slurm.nodes=2", "slurm.requeue=false", "slurm.chain=2")[0] == 1
+    assert ["update", "JobId=8", "ExcNodeList=n2"] in play.calls("scontrol") and not play.requeues()
+    assert history.read_history(play.run_dir, "s").excluded == ["n2"]
 
 
 def test_a_bad_setting_ends_it_before_anything_starts(play: Play) -> None:
