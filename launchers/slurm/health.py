@@ -25,10 +25,14 @@ def read_reports(lines: Iterable[str]) -> dict[str, Report]:
 
 
 def find_bad(nodes: Sequence[str], reports: dict[str, Report]) -> dict[str, str]:
-    """{node: why}. A link that fails has two ends: blamed is a node that is silent or has two bad links, else the far one."""
+    """{node: why}. A link that fails has two ends: blamed is a node that is silent or has two bad links, else the far one.
+
+    A link to a node that is deaf, its port being taken, is not judged.
+    """
     bad = {node: "; ".join(reports[node].problems) for node in nodes if node in reports and reports[node].problems}
     bad |= {node: "no answer" for node in nodes if node not in reports}
-    broken = [(node, nodes[(i + 1) % len(nodes)]) for i, node in enumerate(nodes) if node in reports and reports[node].link]
+    links = [(node, nodes[(i + 1) % len(nodes)]) for i, node in enumerate(nodes) if node in reports and reports[node].link]
+    broken = [(near, far) for near, far in links if far not in reports or not reports[far].deaf]
     ends = Counter(end for link in broken for end in link)
     for near, far in broken:
         if near not in bad and far not in bad:

@@ -38,7 +38,11 @@ def look_at_nodes(job: Job, here: Here, wishes: Wishes) -> dict[str, str]:
         lines = _look(job, here, nodes, wishes)
         lost = [node for node in nodes if any(f"failed on node {node}:" in line for line in lines)]
         if not lost:
-            return bad | find_bad(nodes, read_reports(lines))
+            reports = read_reports(lines)
+            for node in reports:
+                if reports[node].deaf:
+                    say(f"the link to {node} has not been looked at: {reports[node].deaf}")
+            return bad | find_bad(nodes, reports)
         bad |= dict.fromkeys(lost, "srun cannot reach it")
         if len(nodes) - len(lost) < job.slurm.nodes or wishes.any:
             return bad

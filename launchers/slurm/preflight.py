@@ -35,6 +35,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
     link: str = ""  # why the next node in the ring cannot be reached; empty: it can
     echo: str = ""  # why the sum did not end, which is some other node's fault
+    deaf: str = ""  # why the node before cannot reach this one, which is no fault of theirs: the port is taken
     clock: float = 0.0  # how much the next node's clock is ahead of ours
     total: int = 0  # what the ring adds up to
     driver: str = ""
@@ -74,16 +75,21 @@ def check_disk(run_dir: Path) -> list[str]:
 
 
 def check_gpus(wanted: int) -> list[str]:
-    """There are so many, their memory is free, and they have counted no errors that cannot be corrected."""
-    if not wanted:
+    """There are so many, their memory is free, and they have counted no errors that cannot be corrected.
+
+    Only the job's own are looked at: nvidia-smi shows all where SLURM does not hide the others' by cgroups.
+    """
+    given = {name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name}
+    if not wanted or any(name.startswith("MIG-") for name in given):  # nvidia-smi has no numbers of a part of a GPU
         return []
     try:
-        rows = _query("index,memory.total,memory.used,ecc.errors.uncorrected.volatile.total")
+        rows = _query("index,uuid,memory.total,memory.used,ecc.errors.uncorrected.volatile.total")
     except (OSError, subprocess.SubprocessError) as error:
         return [f"nvidia-smi does not work: {error}"]
+    rows = [row for row in rows if not given or given & set(row[:2])]
     problems = [] if len(rows) >= wanted else [f"{len(rows)} GPUs instead of {wanted}"]
-    for index, total, used, errors in rows:
-        if float(used) > (1 - FREE_GPU) * float(total):
+    for index, _, total, used, errors in rows:
+        if total.isdigit() and used.isdigit() and int(used) > (1 - FREE_GPU) * int(total):  # [N/A] where memory is shared
             problems.append(f"GPU {index}: {used} of {total} MiB are in use already")
         if errors.isdigit() and int(errors) > 0:
             problems.append(f"GPU {index}: {errors} memory errors that could not be corrected")
@@ -107,19 +113,21 @@ def ring(report: Report, nodes: Sequence[str], me: int, port: int, token: str, s
     """Sum of 1..N over the nodes, a number passed from each to the next N-1 times; the result is report.total."""
     deadline, following = time.monotonic() + seconds, nodes[(me + 1) % len(nodes)]
     key = token.encode().ljust(32, b"0")[:32]
+    previous: list[socket.socket] = []
     try:
         listener = socket.create_server((_own_address(following), port + me))
     except OSError as error:
-        report.problems.append(f"port {port + me} is not free: {error}")
-        return
-    listener.settimeout(seconds)
-    previous: list[socket.socket] = []
-    accepting = threading.Thread(target=_accept, args=(listener, key, previous), daemon=True)
-    accepting.start()
+        report.deaf = f"port {port + me} is not free: {error}"
+    else:
+        listener.settimeout(seconds)
+        accepting = threading.Thread(target=_accept, args=(listener, key, previous), daemon=True)
+        accepting.start()
     try:
         out, report.clock = _connect(following, port + (me + 1) % len(nodes), key, deadline)
     except OSError as error:
         report.link = str(error)
+        return
+    if report.deaf:
         return
     try:
         accepting.join(max(0.1, deadline - time.monotonic()))

@@ -37,6 +37,8 @@ def reports(**changed: Report | None) -> dict[str, Report]:
         ({"n1": Report("n1", link="no"), "n3": Report("n3", link="no")}, {"n1": "link n1 -> n2: no"}),
         ({"n1": Report("n1", clock=100.0), "n2": Report("n2", clock=-100.0)}, {"n2": "its clock is +100 s off"}),
         ({"n1": Report("n1", clock=2.0)}, {}),
+        ({"n1": Report("n1", link="refused"), "n2": Report("n2", deaf="taken")}, {}),
+        ({"n1": Report("n1", link="no"), "n2": Report("n2", deaf="taken", link="no")}, {"n3": "link n2 -> n3: no"}),
     ],
 )
 def test_who_is_blamed(changed: dict[str, Report | None], bad: dict[str, str]) -> None:
@@ -96,12 +98,13 @@ def test_whoever_does_not_know_the_token_is_sent_away() -> None:
     assert all(report.total == 0 and (report.link or report.echo) for report in found)
 
 
-def test_a_port_in_use_is_a_problem() -> None:
+def test_a_port_in_use_is_no_fault_of_the_node() -> None:
+    """Of its neighbours neither; the next link is looked at all the same."""
     port = free_port()
-    with socket.create_server(("127.0.0.1", port)):
-        report = Report("n1")
-        ring(report, ["127.0.0.1"] * 2, 0, port, "t", 1.0)
-    assert f"port {port} is not free" in report.problems[0]
+    with socket.create_server(("127.0.0.1", port + 1)):
+        found = run_ring(3, port, seconds=1.0)
+    assert f"port {port + 1} is not free" in found[1].deaf and not found[1].link
+    assert find_bad(NODES, dict(zip(NODES, found, strict=True))) == {}
 
 
 def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,13 +120,21 @@ def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert preflight.check_gpus(0) == []
     assert "nvidia-smi does not work" in preflight.check_gpus(2)[0]
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho '0, 80000, 300, 0'\necho '1, 80000, 60000, 2'\n")
+    tool.write_text("#!/bin/sh\necho '0, GPU-a, 80000, 300, 0'\necho '1, GPU-b, 80000, 60000, 2'\n")
     tool.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert preflight.check_gpus(3) == [
         "2 GPUs instead of 3",
         "GPU 1: 60000 of 80000 MiB are in use already",
         "GPU 1: 2 memory errors that could not be corrected",
     ]
+    for given, found in (("0", []), ("GPU-a", []), ("1", 2), ("0,2", ["1 GPUs instead of 2"]), ("MIG-1", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        problems = preflight.check_gpus(given.count(",") + 1)
+        assert problems == found or len(problems) == found, "only the job's own GPUs count"
+    tool.write_text("#!/bin/sh\necho '0, GPU-a, [N/A], [N/A], [N/A]'\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert preflight.check_gpus(1) == []
 
 
 def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
