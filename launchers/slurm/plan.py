@@ -45,6 +45,7 @@ class Job:
     ranks_per_node: int  # 0: the verb is one process, or starts its own
     config: Any = None  # of the verb
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    settings: list[str] = field(default_factory=list)  # of the job alone: in the script, for a verb that does not know them
 
     def __post_init__(self) -> None:
         if self.slurm.setup:  # as the shell of whoever submits means it; within quotes bash expands no ~
@@ -158,7 +159,8 @@ def _read_other(verb: str, typed: list[str]) -> Job:
     digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]  # jobs that do different things do not share a folder
     run_dir = Path("runs", "slurm", f"{verb}-{digest}").absolute()
     check_path(run_dir)
-    return Job(verb, own, job.slurm, run_dir, 0)
+    settings = [text for text in typed if text.startswith(known)]
+    return Job(verb, own, job.slurm, run_dir, 0, cluster=job.cluster, settings=settings)
 
 
 def _ranks_per_node(config: RunConfig) -> int:

@@ -27,7 +27,7 @@ def render(job: Job, submission: str, folder: Path | None = None, python: str = 
     if job.slurm.setup:
         lines += ["set +u # a file of modules may ask for what is not set", f"source {shlex.quote(job.slurm.setup)}", "set -u"]
     supervisor = [python or sys.executable, "-m", "megalm.launchers.slurm.job", f"--submission={submission}", "--", job.verb]
-    lines += ["export PYTHONSAFEPATH=1", f"exec {shlex.join([*supervisor, *job.arguments])}", ""]
+    lines += ["export PYTHONSAFEPATH=1", f"exec {shlex.join([*supervisor, *job.settings, *job.arguments])}", ""]
     return "\n".join(lines)
 
 

@@ -223,6 +223,9 @@ def test_cluster_slurm_submits_instead_of_running(fake: Fake, monkeypatch: pytes
 def test_other_verbs_are_one_process(fake: Fake) -> None:
     made = read_job("prepare", ["prepare.source=stdlib", "cluster=slurm", "slurm.minutes=30", "slurm.partition=train"])
     assert (made.ranks_per_node, made.arguments, made.slurm.minutes) == (0, ["prepare.source=stdlib"], 30)
+    words = shlex.split(render(made, "s").splitlines()[-1])
+    verb, *rest = words[words.index("--") + 1 :]
+    assert read_job(verb, rest) == made, "the job reads the same"
     with pytest.raises(ConfigError, match="prepare runs on one node"):
         read_job("prepare", ["slurm.nodes=2"])
     with pytest.raises(ConfigError, match=r"slurm\.partition is names"):
