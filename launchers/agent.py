@@ -25,7 +25,7 @@ def main() -> None:
     """Supervise this node's ranks to their end."""
     from megalm.launchers.app import fail
 
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # whoever asks a whole step for its stacks means the ranks
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # whoever asks a whole step for its stacks means the ranks, once there are any
     own, verb = split(sys.argv[1:])
     options = _options(own)
     with StopRequest() as stop:
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, verb: Sequence[str], stop: StopRequest) -> 
     from megalm.launchers.compose import inspect, parse
     from megalm.parallel.agent import Lead, follow, policy_of, worker_environ
     from megalm.parallel.agent_link import Peers, connect
-    from megalm.parallel.squad import Squad
+    from megalm.parallel.squad import Squad, passing_on_dumps
     from megalm.parallel.workers import make_folder, this_host
     from megalm.runfolder import finished_step
 
@@ -69,7 +69,8 @@ def run(options: argparse.Namespace, verb: Sequence[str], stop: StopRequest) -> 
     log_dir = Path(options.log_dir)
     make_folder(log_dir)
     environ = worker_environ(config.cluster, here, options.head)
-    squad = Squad(f"megalm.launchers.{verb[0]}", verb[1:], log_dir, environ, options.node * here, here, world_size)
+    module, first, start = f"megalm.launchers.{verb[0]}", options.node * here, passing_on_dumps()
+    squad = Squad(module, verb[1:], log_dir, environ, first, here, world_size, start=start)
     token, seconds = os.environ.get("MEGALM_TOKEN", ""), float(config.cluster.rendezvous_seconds)
     if options.nodes > 1 and not token:
         raise ConfigError(Problem("MEGALM_TOKEN", None, "agents of several nodes need a secret that they share"))

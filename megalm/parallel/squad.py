@@ -125,11 +125,11 @@ class Ranks:
 
     def ask_to_stop(self) -> None:
         """Tell every rank; more than once does no harm."""
-        self._signal(signal.SIGUSR1)
+        _send(self.workers, signal.SIGUSR1)
 
     def dump_stacks(self) -> None:
         """Every rank that can writes its stacks to the log folder."""
-        self._signal(signal.SIGUSR2)
+        _send(self.workers, signal.SIGUSR2)
 
     def kill(self) -> None:
         """No process of any rank is left, nor any that it has started in its process group."""
@@ -146,18 +146,31 @@ class Ranks:
         for slate in self.slates.values():
             slate.close()
 
-    def _signal(self, number: int) -> None:
-        for worker in self.workers:
-            if worker.poll() is None:
-                with suppress(OSError):
-                    os.kill(worker.pid, number)
-
     def _log_file(self, rank: int) -> Path:
         """Where a rank's console goes, with a line that separates this start from earlier ones."""
         path = self.squad.log_dir / f"rank-{rank}.log"
         with open(path, "a", encoding="utf-8") as file:
             file.write(STARTED)
         return path
+
+
+def passing_on_dumps(start: Starter = start_process) -> Starter:
+    """`start`; and from now on a USR2 that this process gets is for all whom it has started: they write their stacks."""
+    workers: list[Worker] = []
+
+    def start_and_remember(module: str, arguments: Sequence[str], environ: dict[str, str], log_file: Path | None) -> Worker:
+        workers.append(start(module, arguments, environ, log_file))
+        return workers[-1]
+
+    signal.signal(signal.SIGUSR2, lambda *_: _send(workers, signal.SIGUSR2))
+    return start_and_remember
+
+
+def _send(workers: Sequence[Worker], number: int) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            with suppress(OSError):
+                os.kill(worker.pid, number)
 
 
 def error_note(log_dir: Path, rank: int) -> Path:

@@ -83,11 +83,12 @@ def pretrain(config: RunConfig, stop: StopRequest | None = None) -> ExitCode:
 def lock_folder(run_dir: Path) -> TextIO:
     """Hold the run's folder until the file is closed or the process ends. Raises ConfigError if another run holds it.
 
-    A start after the first waits for the one before it, whose processes may be on their way out, here or on a machine that a
-    network file system has not given up yet; RunError, which is no refusal, if they are not gone in time.
+    A start after the first, and any in a job, which may be the next of a chain, waits for the one before it, whose processes may
+    be on their way out, here or on a machine that a network file system has not given up yet; RunError, which is no refusal, if
+    they are not gone in time.
     """
     file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  open for as long as the run
-    is_first = this_attempt() in ("0", "0.0")
+    is_first = this_attempt() in ("0", "0.0") and "SLURM_JOB_ID" not in os.environ
     deadline = time.monotonic() + (0.0 if is_first else _HANDOVER_SECONDS)
     while True:
         try:

@@ -26,7 +26,7 @@ from megalm.parallel.signals import StopRequest
 from megalm.parallel.verdict import Patience, RankStatus
 from megalm.parallel.workers import free_port, note_error
 from megalm.runfolder import Progress, read_events, write_progress
-from tests.parallel.dummies import alive, kinds, lead, pids
+from tests.parallel.dummies import alive, kinds, lead, pids, wait_for
 
 # --- what it thinks ---------------------------------------------------------------------------------------------------
 
@@ -215,6 +215,20 @@ def test_an_agent_that_was_suspended_raises_no_alarm(squad, tmp_path: Path, monk
     finally:
         ranks.kill()
     assert alive(pids(tmp_path)) == []
+
+
+def test_whoever_asks_the_agent_for_stacks_means_its_ranks(squad, tmp_path: Path) -> None:
+    """With cgroups SLURM signals a task only, not what it has started."""
+    before = signal.getsignal(signal.SIGUSR2)
+    long = replace(squad("long"), start=squad_module.passing_on_dumps())
+    ranks = squad_module.Ranks(long, "0.0", "127.0.0.1", 1)
+    try:
+        wait_for(lambda: len(pids(tmp_path)) == long.num_ranks)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        wait_for(lambda: len(list(long.log_dir.glob("stacks-rank-*.txt"))) == long.num_ranks)
+    finally:
+        ranks.kill()
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_a_hopeless_error_keeps_its_code_in_the_note(tmp_path: Path, monkeypatch) -> None:

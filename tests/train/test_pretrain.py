@@ -188,10 +188,17 @@ def test_two_runs_cannot_share_a_folder(make, records) -> None:
     assert len(records(config)) == 1
 
 
-@pytest.mark.parametrize("attempt", ["0.1", "1", "1.0"])
-def test_a_later_start_waits_for_the_one_before_it(attempt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its processes may be on their way out. That they are not is no mistake in the command, which was accepted before."""
+@pytest.mark.parametrize(("attempt", "job"), [("0.1", ""), ("1", ""), ("1.0", "7"), ("0.0", "8")])
+def test_a_later_start_waits_for_the_one_before_it(
+    attempt: str, job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes may be on their way out. That they are not is no mistake in the command, which was accepted before.
+
+    The next job of a chain counts its starts anew.
+    """
     monkeypatch.setenv("MEGALM_ATTEMPT", attempt)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
     held = module.lock_folder(tmp_path)
     monkeypatch.setattr(module, "_HANDOVER_SECONDS", 0.5)
     with pytest.raises(RunError, match="another run is writing there"):
