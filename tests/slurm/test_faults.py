@@ -13,6 +13,7 @@ from megalm.launchers.slurm import client
 from tests.slurm.layouts import BY_RANK, TWO_BY_TWO
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1200)]
+WITH = {"rank": "", "agent": ", with agents"}
 
 
 def ranks_of(run) -> list[int]:
@@ -21,11 +22,12 @@ def ranks_of(run) -> list[int]:
     return [int(pid) for pid in found.stdout.split()]
 
 
+@pytest.mark.parametrize("launch", ["rank", "agent"])
 @pytest.mark.parametrize("node", ["n2", "n1"])
-def test_a_power_cut_costs_what_was_not_saved(node: str, whole, make, cluster, fault) -> None:
+def test_a_power_cut_costs_what_was_not_saved(node: str, launch: str, whole, make, cluster, fault) -> None:
     """n1 runs the batch script, n2 does not. The run goes on from its last checkpoint, on the nodes that are left."""
-    run = make(f"power-{node}")
-    job = run.submit(*TWO_BY_TWO, BY_RANK)
+    run = make(f"power-{node}-{launch}")
+    job = run.submit(*TWO_BY_TWO, f"slurm.launch={launch}")
     run.wait_for_step(60)
     cut = fault("node power cut", run.folder)
     cluster.tool("off", node)
@@ -37,7 +39,7 @@ def test_a_power_cut_costs_what_was_not_saved(node: str, whole, make, cluster, f
     assert found["JobState"] == "COMPLETED", run.log()
     last = run.events("started")[-1]
     assert last["step"] == 50 and node not in last["hosts"]
-    cut.note("back to the queue, on the nodes that are left", run.losses() == whole.losses())
+    cut.note(f"back to the queue, on the nodes that are left{WITH[launch]}", run.losses() == whole.losses())
     assert run.losses() == whole.losses()
 
 
@@ -122,9 +124,10 @@ def test_an_agent_that_is_killed_takes_the_start_with_it(whole, make, cluster, f
     assert run.losses() == whole.losses()
 
 
-def test_preempted_it_gives_way_and_comes_back(whole, make, cluster, fault) -> None:
-    run = make("preempted")
-    job = run.submit(*TWO_BY_TWO, BY_RANK, "slurm.partition=train", "slurm.extra=['--exclusive']")
+@pytest.mark.parametrize("launch", ["rank", "agent"])
+def test_preempted_it_gives_way_and_comes_back(launch: str, whole, make, cluster, fault) -> None:
+    run = make(f"preempted-{launch}")
+    job = run.submit(*TWO_BY_TWO, f"slurm.launch={launch}", "slurm.partition=train", "slurm.extra=['--exclusive']")
     run.wait_for_step(60)
     preemption = fault("preemption signal", run.folder)
     urgent = subprocess.run(
@@ -135,7 +138,7 @@ def test_preempted_it_gives_way_and_comes_back(whole, make, cluster, fault) -> N
     found = cluster.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), run.log()
     assert run.events("started")[-1]["step"] % 50, "saved where it was"
-    preemption.note("saved at that step, gives way, comes back", run.losses() == whole.losses())
+    preemption.note(f"saved at that step, gives way, comes back{WITH[launch]}", run.losses() == whole.losses())
     assert run.losses() == whole.losses()
 
 
