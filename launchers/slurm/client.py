@@ -85,7 +85,7 @@ def find_job(job_id: str, asking: Callable[..., Answer] = ask) -> dict[str, str]
     if answer.code == 0 and "JobState=" in answer.out:
         line = answer.out.splitlines()[0]
         return dict(re.findall(r"(?:^| )([A-Za-z/:_]+)=(\S*)", line))
-    if shutil.which("sacct"):
+    with suppress(MegalmError):  # a cluster without accounting, or whose database does not answer
         answer = ask("sacct", "-nXP", "-o", "State,NodeList,ExitCode", "-j", job_id)
         fields = answer.out.strip().split("|") if answer.code == 0 else []
         if len(fields) == 3 and fields[0]:

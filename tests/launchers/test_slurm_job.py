@@ -313,6 +313,7 @@ def test_only_scancel_is_the_users_wish_to_end_it(state: str, requeues: int, pla
     out, _ = process.communicate(timeout=60)
     assert play.requeues() == requeues, out
     assert ("cancelled: the job ends" in out) is not bool(requeues)
+    assert [event["cancelled"] for event in play.events("gave_up")] == [True] * (1 - requeues)
 
 
 def test_a_stalled_run_is_ended(play: Play) -> None:
