@@ -58,6 +58,7 @@ def test_the_table_says_worst_and_missing() -> None:
     rows = [Row("killed rank", 1.0, seconds, lost, "again", True, "a") for seconds, lost in ((5.0, 3), (7.0, 3), (30.0, 9))]
     rows.append(Row("bad node", 1.0, None, None, "left out", None, "b"))
     text = draw([{**vars(row), **where} for row in rows])
+    assert text == draw([{**vars(row), **where} for row in [*rows, rows[0]]]), "the same one twice"
     assert "| 1.0 s (at most 1.0 s) | 7.0 s (at most 30.0 s) | 3-9 steps | again | identical | 3 |" in text
     assert "| bad node | a node fails the look before the start | 1.0 s |  |  | left out |  | 1 |" in text
     assert "| flipped bit | one bit of a checkpoint is another |  |  |  | not measured |  | 0 |" in text
