@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 from megalm.config.tasks import ReportRun
 from megalm.errors import writing
 from megalm.launchers.app import run_verb
+from megalm.runfolder import replace_file
 
 
 def task(config: ReportRun) -> None:
@@ -25,11 +25,7 @@ def task(config: ReportRun) -> None:
     page = render(run, read_run(parent) if parent is not None else None, time.time(), is_alive(run))
     with writing(path, "report.output"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a reader never sees half of it
-        new.unlink(missing_ok=True)
-        with open(new, "x", encoding="utf-8") as file:  # x: not through a link that leads elsewhere
-            file.write(page)
-        new.replace(path)
+        replace_file(path, page)
     print(path)
 
 

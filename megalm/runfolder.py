@@ -39,12 +39,18 @@ class Progress:
     tokens_per_second: float | None = None
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a file anew, so that a reader sees the old one or the new one, never half of it. Raises OSError."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    new.unlink(missing_ok=True)
+    with open(new, "x", encoding="utf-8") as file:  # x: not through a link that leads elsewhere
+        file.write(text)
+    new.replace(path)
+
+
 def write_progress(run_dir: Path, progress: Progress) -> None:
     """Replace progress.json. Raises OSError."""
-    path = run_dir / PROGRESS
-    new = path.with_suffix(f".{os.getpid()}.tmp")
-    new.write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
-    new.replace(path)
+    replace_file(run_dir / PROGRESS, json.dumps(asdict(progress)) + "\n")
 
 
 def read_progress(run_dir: Path) -> Progress | None:
@@ -90,9 +96,8 @@ def is_finished(run_dir: Path) -> bool:
 
 def note_finished(run_dir: Path, step: int, steps: int, patience: int) -> None:
     """Say that nothing is left to do, and of which goal: `train.steps` and `train.patience`. Raises OSError."""
-    new = run_dir / f"{FINISHED}.tmp"
-    new.write_text(json.dumps({"step": step, "steps": steps, "patience": patience, "time": time.time()}) + "\n", encoding="utf-8")
-    new.replace(run_dir / FINISHED)
+    said = {"step": step, "steps": steps, "patience": patience, "time": time.time()}
+    replace_file(run_dir / FINISHED, json.dumps(said) + "\n")
 
 
 def finished_step(run_dir: Path, steps: int, patience: int) -> int | None:
@@ -118,9 +123,7 @@ class Result:
 
 def write_result(run_dir: Path, result: Result) -> None:
     """Replace result.json. Raises OSError."""
-    new = run_dir / f"{RESULT}.tmp"
-    new.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
-    new.replace(run_dir / RESULT)
+    replace_file(run_dir / RESULT, json.dumps(asdict(result)) + "\n")
 
 
 def read_result(run_dir: Path) -> Result | None:

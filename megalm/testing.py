@@ -57,7 +57,7 @@ def _collect(queue: Any, processes: list, world_size: int, timeout_seconds: floa
             for process in processes:
                 process.kill()
             raise AssertionError(f"rank {rank} of {world_size} failed:\n{error}")
-        results[rank] = pickle.loads(value)
+        results[rank] = pickle.loads(value)  # of a process that this one has started
     return [results[rank] for rank in range(world_size)]
 
 

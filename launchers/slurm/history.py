@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.errors import ConfigError, Problem, writing
-from megalm.runfolder import read_progress
+from megalm.runfolder import read_progress, replace_file
 
 FOLDER, _HOLDER, _LOCK = "slurm", "holder.json", ".lock"
 _LOCK_SECONDS = 60
@@ -134,6 +134,4 @@ def _read(path: Path) -> dict[str, Any]:
 def _write(path: Path, values: dict[str, Any]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}.tmp")
-        new.write_text(json.dumps(values) + "\n", encoding="utf-8")
-        new.replace(path)
+        replace_file(path, json.dumps(values) + "\n")

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def supervise(verb: str, arguments: Sequence[str], submission: str, wishes: Wish
     say(f"job {here.key}, start {past.starts}, on {', '.join(here.nodes)}, from saved step {past.saved_step}: {run_dir}")
     start = Start() if past.failures >= settings.max_failures else run_once(job, here, wishes)
     progressed = history.saved_step(run_dir) > past.saved_step
-    start = Start(**{**vars(start), "progressed": progressed, "finished": _is_finished(job)})
+    start = replace(start, progressed=progressed, finished=_is_finished(job))
     decision = what_next(start, past.failures, past.starts, settings.max_failures, settings.max_starts)
     past.failures, past.running = decision.failures, False
     if decision.action is Action.END and not start.cancelled:

@@ -12,7 +12,6 @@ after another had said why it failed.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import fcntl
 import json
 import os
@@ -28,10 +27,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from megalm.errors import ExitCode
+from megalm.parallel.workers import be_worker
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
@@ -96,7 +95,7 @@ def start(words: Sequence[str], environ: dict[str, str], log: Path | None) -> in
 
 def _in_child() -> None:
     """End with this task. USR1 and USR2 stay ignored until the program listens to them; TERM and INT work at once."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    be_worker()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
 

@@ -21,7 +21,7 @@ from megalm.config.fields import flatten, override
 from megalm.config.load import examine
 from megalm.config.run import ROOTS, RunConfig
 from megalm.errors import ConfigError, MegalmError, Problem, RunError, writing
-from megalm.runfolder import POINT, Result, read_result
+from megalm.runfolder import POINT, Result, read_result, replace_file
 
 Judge = Callable[[type[Any], dict[str, Any]], tuple[Any, list[Problem]]]
 CONFIG = "config.yaml"
@@ -144,19 +144,13 @@ def _open(place: Path, overrides: list[str], run: RunConfig, sweep: SweepCommand
     arguments = [*sweep.options, *plain, override("train.run_dir", str(folder))]
     point = Point(int(place.name), overrides, folder, arguments, run, place)
     told = {"settings": key, "overrides": overrides, "verb": sweep.verb, "arguments": arguments, "directory": os.getcwd()}
-    _replace(folder / POINT, json.dumps(told) + "\n")
+    replace_file(folder / POINT, json.dumps(told) + "\n")
     if not (folder / CONFIG).exists():  # the run writes its own when it begins
-        _replace(folder / CONFIG, yaml.safe_dump(asdict(run), sort_keys=False))
+        replace_file(folder / CONFIG, yaml.safe_dump(asdict(run), sort_keys=False))
     result = point.result()
     if result is not None:
         point.status, point.before = result.status, True
     return point
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.tmp")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
 
 
 def returns(points: Sequence[Point], task: Any) -> list[Any]:

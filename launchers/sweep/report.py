@@ -13,6 +13,7 @@ from megalm.launchers.sweep.results import Row, SweepResults, read_sweep
 from megalm.observe.parts import panel, table
 from megalm.observe.style import POLICY, STYLE
 from megalm.observe.words import clean, safe
+from megalm.runfolder import replace_file
 
 _COLOURS = "Blue is better. Hollow or dashed: ended early by the search. A triangle: so bad that it is off the top."
 
@@ -25,9 +26,7 @@ def report(config: Any) -> None:
     page = Path(options.output or sweep.folder / "report.html")
     with writing(page, "sweep.output"):
         page.parent.mkdir(parents=True, exist_ok=True)
-        new = page.with_name(f".{page.name}.tmp")
-        new.write_text(as_page(sweep), encoding="utf-8")
-        new.replace(page)
+        replace_file(page, as_page(sweep))
         pictures = write_png(sweep, page.parent)
     print("\n".join(map(str, [page, *pictures])))
 

@@ -27,19 +27,17 @@ from megalm.errors import ConfigError, ExitCode, MegalmError, Problem, RunError
 from megalm.parallel import verdict
 from megalm.parallel.agent_link import LOST_SECONDS, Peers, Wire
 from megalm.parallel.signals import StopRequest
-from megalm.parallel.squad import Ranks, Squad
+from megalm.parallel.squad import GAP_SECONDS, LOOK_SECONDS, Ranks, Squad
 from megalm.parallel.verdict import Patience, RankStatus
 from megalm.parallel.workers import Starter, free_port, make_folder, next_start, start_process
 from megalm.runfolder import note_event, read_progress
 
 _POLL_SECONDS = 0.1  # each costs the machine a fraction of a millisecond, which a rank may miss
-_LOOK_SECONDS = 0.5  # between two looks at the heartbeats
 _ASK_SECONDS = 1.0  # between two requests to stop: a rank that is still importing hears none
 _NOTE_SECONDS = 1.0  # how long to wait for other workers' notes, so that the cause is shown and not its echo
 _STACK_SECONDS = 0.5  # for the stacks to be written
 _DEATH_SECONDS = 15.0  # for all nodes to say that their ranks are gone
 _PORT_SECONDS = 30.0  # for a port to be free again
-_GAP_SECONDS = 3.0  # an agent that did not run for so long was suspended
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ class Lead:
         while True:
             heard = self.peers.look(_POLL_SECONDS)
             now, codes = time.monotonic(), ranks.codes()
-            if now - ran > _GAP_SECONDS:
+            if now - ran > GAP_SECONDS:
                 self.peers.suspended(now - ran)
             ran = now
             if self.stop.signal and now - asked > _ASK_SECONDS:
@@ -145,7 +143,7 @@ class Lead:
                 ranks.ask_to_stop()
             if self.peers.lost():
                 return "lost", ranks.statuses()
-            if codes == before and not heard and now - looked < _LOOK_SECONDS:
+            if codes == before and not heard and now - looked < LOOK_SECONDS:
                 continue
             looked, before = now, codes
             statuses = ranks.statuses() + self.peers.statuses()
@@ -219,7 +217,7 @@ def follow(squad: Squad, wire: Wire, stop: StopRequest) -> ExitCode:
         while True:
             select.select([wire.socket] if wire.open else [], [], [], _POLL_SECONDS)
             now = time.monotonic()
-            if now - ran > _GAP_SECONDS:
+            if now - ran > GAP_SECONDS:
                 wire.heard += now - ran
             ran = now
             for message in wire.receive():
@@ -241,7 +239,7 @@ def follow(squad: Squad, wire: Wire, stop: StopRequest) -> ExitCode:
                 asked = now
                 ranks.ask_to_stop()
             codes = ranks.codes()
-            if codes != before or now - told > _LOOK_SECONDS:
+            if codes != before or now - told > LOOK_SECONDS:
                 plain = [status.to_plain() for status in ranks.statuses(fresh=codes != before)]  # a dead rank's last word
                 before, told = codes, now
                 wire.send({"ranks": plain, "attempt": attempt, "asked": bool(stop.signal)})

@@ -17,8 +17,8 @@ from megalm.parallel.heartbeat_file import Pulse, Slate
 from megalm.parallel.verdict import RankStatus
 from megalm.parallel.workers import STARTED, Starter, Worker, start_process, tail_of, this_host
 
-_GAP_SECONDS = 3.0  # if the agent itself did not run for so long, it was suspended, and its ranks with it
-_LOOK_SECONDS = 0.5  # between two looks at the heartbeats; exit codes are looked at each time
+GAP_SECONDS = 3.0  # if the agent itself did not run for so long, it was suspended, and its ranks with it
+LOOK_SECONDS = 0.5  # between two looks at the heartbeats; exit codes are looked at each time
 _DEATH_SECONDS = 10.0  # after SIGKILL; a process that waits for a device may take longer
 
 
@@ -100,11 +100,11 @@ class Ranks:
     def statuses(self, fresh: bool = False) -> list[RankStatus]:
         """What is to be known of every rank. Heartbeats are read twice a second, or now if they must be `fresh`."""
         now = time.monotonic()
-        if self.looked and now - self.looked > _GAP_SECONDS:
+        if self.looked and now - self.looked > GAP_SECONDS:
             gap = now - self.looked
             self.seen = {rank: (beats, when + gap) for rank, (beats, when) in self.seen.items()}
         self.looked = now
-        if fresh or now - self.last_look >= _LOOK_SECONDS:
+        if fresh or now - self.last_look >= LOOK_SECONDS:
             self.last_look = now
             for rank in self.numbers:
                 pulse = self.pulses[rank] = self.slates[rank].read()

@@ -201,7 +201,7 @@ def test_nobody_is_started_again_after_a_request_to_stop(squad, tmp_path: Path) 
 
 def test_an_agent_that_was_suspended_raises_no_alarm(squad, tmp_path: Path, monkeypatch) -> None:
     """As `scontrol suspend` does: everything stands still, and nobody has hung."""
-    monkeypatch.setattr(squad_module, "_GAP_SECONDS", 0.4)
+    monkeypatch.setattr(squad_module, "GAP_SECONDS", 0.4)
     ranks = squad_module.Ranks(squad("long"), "0.0", "127.0.0.1", 1)
     try:
         time.sleep(1.0)
